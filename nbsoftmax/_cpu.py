@@ -1,0 +1,599 @@
+"""The NumPy backend: fold, allocate, plan, launch."""
+
+import functools
+import itertools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import config
+
+from . import _cpu_kernels as kernels
+from . import _formats, _plain, _plan, _pool, _scalars, _semantics
+from ._semantics import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX, Array
+
+_TICKET = 16  # next chunk and items done, each on a cache line of its own
+
+
+# -- one kernel call ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel and the numbers it is told, for arrays of one geometry."""
+
+    kernel: Callable[..., object]
+    parameters: Array
+    items: int
+    parallel: bool
+
+    def __call__(self, x: Array, out: Array, pairs: Array | None, threads: int) -> None:
+        if threads == 1 or not self.parallel:
+            self.kernel(x, out, pairs, self.parameters, None)
+            return
+        ticket = np.zeros(_TICKET, np.int64)
+        kernel, parameters, items = self.kernel, self.parameters, self.items
+
+        def cancel() -> None:
+            ticket[0] = items
+
+        _pool.share(
+            lambda: kernel(x, out, pairs, parameters, ticket),
+            threads,
+            lambda: bool(ticket[8] == items),
+            cancel,
+        )
+
+
+def _call(
+    job: kernels.Job,
+    *,
+    outer: int,
+    n: int,
+    inner: int,
+    block: int,
+    item_bytes: int,
+    parallel: bool,
+    **strides: int,
+) -> Call:
+    source = _formats.FORMATS[job.source]
+    width = _plan.VECTOR_BYTES // source.real.itemsize
+    blocks = max(1, -(-n // block))
+    across = job.walk == "across"
+    panels = -(-inner // (job.panel * width)) if across else 1
+    items = outer * blocks * panels
+    group = width if job.walk == "short" else 1
+    chunk = items
+    if parallel:
+        chunk = max(1, _plan.LIMITS.chunk_bytes // max(1, item_bytes * group)) * group
+        parallel = chunk < items
+        chunk = min(chunk, items)
+    rows = block + width if job.walk == "short" else block
+    scratch = rows * job.panel * _plan.VECTOR_BYTES if job.walk != "along" else 0
+    if job.walk == "along":
+        scratch = block * source.real.itemsize + 4 * _plan.VECTOR_BYTES
+    numbers = {
+        "items": items,
+        "chunk": chunk,
+        "chunks": -(-items // max(1, chunk)),
+        "n": n,
+        "block": block,
+        "blocks": blocks,
+        "panels": panels,
+        "inner": inner,
+        "scratch": scratch + 2 * _plan.VECTOR_BYTES,
+        **strides,
+    }
+    parameters = np.array([numbers.get(name, 0) for name in kernels.PARAMETERS], np.int64)
+    return Call(kernels.compiled(job), parameters, items, parallel)
+
+
+# -- one lane layout, remembered -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that is known before the data: made once for each shape, strides, dtype and axis."""
+
+    calls: tuple[Call, ...]
+    pairs: tuple[tuple[int, ...], ...]  # shapes of the arrays between the calls
+    compute: np.dtype[Any]
+    result: np.dtype[Any]
+    shape: tuple[int, ...]  # of the new result, in the order of the fold
+    transpose: tuple[int, ...] | None  # from that order to the array's
+    final_shape: tuple[int, ...]
+    aligned: bool  # the result must lie on whole vectors
+    parallel: bool
+
+    def allocate(self) -> Array:
+        if self.aligned:
+            return _aligned(self.shape, self.result)
+        return np.empty(self.shape, self.result)
+
+    def into(self, x: Array, out: Array, threads: int) -> None:
+        if len(self.calls) == 1:
+            self.calls[0](x, out, None, threads)
+            return
+        made = [np.empty(shape, self.compute) for shape in self.pairs]
+        for call, source, target, pairs in zip(
+            self.calls, [x, *made[:1], x], [*made, out], [None, None, made[-1]], strict=False
+        ):
+            call(source, target, pairs, threads)
+
+    def view(self, out: Array) -> Any:
+        """A new result as the caller sees it; a full reduction is a scalar."""
+        if self.transpose is not None:
+            out = out.transpose(self.transpose)
+        if self.shape != self.final_shape:
+            out = out.reshape(self.final_shape)
+        return out if self.final_shape else out[()]
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    size = dtype.itemsize
+    count = 1
+    for length in shape:
+        count *= length
+    memory = np.empty(count * size + _plan.VECTOR_BYTES, np.uint8)
+    start = -memory.__array_interface__["data"][0] % _plan.VECTOR_BYTES
+    return memory[start : start + count * size].view(dtype).reshape(shape)
+
+
+def _reads(dtype: np.dtype[Any]) -> bool:
+    """Whether kernels read this dtype as it lies in memory."""
+    if _formats.of(dtype) is None or config.DISABLE_JIT:
+        return False
+    # Half precision without the conversion instructions would call a library that is not there.
+    return dtype.name != "float16" or config.CPU_NAME is None
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    op: str,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: np.dtype[Any],
+    axis: Any,
+    keepdims: bool,
+    out_strides: tuple[int, ...] | None = None,
+    out_aligned: bool = True,
+) -> Launch | None:
+    """How to run ``op``, or None if no kernel walks such an array as it lies."""
+    axes = _semantics.normalize_axis(axis, len(shape))
+    result = _semantics.real_dtype(dtype, "x")
+    if result is None or not _reads(dtype) or 0 in shape:
+        return None
+    fold = _semantics.fold(shape, strides, out_strides, axes, dtype.itemsize, result.itemsize)
+    if fold is None:
+        return None
+    source, target = _formats.FORMATS[dtype.name], _formats.FORMATS[result.name]
+    real = source.real
+    outer, n, inner = fold.outer, fold.n, fold.inner
+    native = source.name == target.name == real.name
+    plan = _plan.plan(op, outer, n, inner, real.itemsize, result.itemsize, native)
+    if plan.walk == "packed":
+        return None
+    rows = plan.walk == "across"
+    width = _plan.VECTOR_BYTES // real.itemsize * result.itemsize
+    whole_rows = fold.out_n % width == 0 and fold.out_outer % width == 0 and out_aligned
+    past_cache = plan.past_cache and plan.walk != "short" and (whole_rows or not rows)
+    parallel = outer * n * inner * real.itemsize >= _plan.LIMITS.serial_bytes
+    columns = plan.panel * _plan.VECTOR_BYTES
+    item_bytes = min(n, plan.block) * (columns if rows else real.itemsize)
+    blocks = plan.blocks(n)
+    geometry = dict(outer=outer, n=n, inner=inner, parallel=parallel, item_bytes=item_bytes)
+    x_strides = dict(
+        x_outer=fold.x_outer, x_row=fold.x_n, x_block=plan.block * fold.x_n, block=plan.block
+    )
+    out_steps = dict(
+        out_outer=fold.out_outer, out_row=fold.out_n, out_block=plan.block * fold.out_n
+    )
+    job = functools.partial(kernels.Job, walk=plan.walk, panel=plan.panel)
+    pair_shapes: tuple[tuple[int, ...], ...] = ()
+    if blocks == 1:
+        one = job(op, source.name, target.name, past_cache=past_cache)
+        calls = [_call(one, **geometry, **x_strides, **out_steps)]
+    else:
+        size = real.itemsize
+        lanes = outer * inner
+        pair_shapes = ((3, outer, blocks, inner), (3, outer, inner))
+        first = job(kernels.PAIRS, source.name, real.name)
+        ends = op == LOGSUMEXP
+        merge = kernels.Job(
+            kernels.MERGE_LOGSUMEXP if ends else kernels.MERGE,
+            real.name,
+            target.name if ends else real.name,
+            "across",
+            panel=1,
+        )
+        calls = [
+            _call(first, **geometry, **x_strides, out_plane=lanes * blocks * size),
+            _call(
+                merge,
+                outer=outer,
+                n=blocks,
+                inner=inner,
+                block=blocks,
+                parallel=parallel,
+                item_bytes=blocks * _plan.VECTOR_BYTES * 8,
+                x_outer=blocks * inner * size,
+                x_row=inner * size,
+                plane=lanes * blocks * size,
+                out_plane=lanes * size,
+            ),
+        ]
+        if ends:
+            pair_shapes = pair_shapes[:1]
+        else:
+            apply = {SOFTMAX: kernels.APPLY_SOFTMAX, LOG_SOFTMAX: kernels.APPLY_LOG_SOFTMAX}[op]
+            last = job(apply, source.name, target.name, past_cache=past_cache)
+            calls.append(_call(last, **geometry, **x_strides, **out_steps, plane=lanes * size))
+    kept = tuple(i for i in fold.order if op != LOGSUMEXP or i not in axes)
+    order = tuple(sorted(range(len(kept)), key=lambda k: kept[k]))
+    return Launch(
+        calls=tuple(calls),
+        pairs=pair_shapes,
+        compute=np.dtype(real.name),
+        result=result,
+        shape=tuple(shape[i] for i in kept),
+        transpose=None if order == tuple(range(len(kept))) else order,
+        final_shape=_semantics.result_shape(op, shape, axes, keepdims),
+        aligned=past_cache and rows,
+        parallel=any(call.parallel for call in calls),
+    )
+
+
+_plan.on_change(_launch.cache_clear)
+
+
+# -- the three functions --------------------------------------------------------------------------
+
+
+def run(
+    op: str,
+    x: Any,
+    axis: Any,
+    where: Any = None,
+    out: Any = None,
+    dtype: Any = None,
+    *,
+    b: Any = None,
+    keepdims: bool = False,
+    return_sign: bool = False,
+    name: str = "x",
+) -> Any:
+    """One of the three functions on one array."""
+    if type(x) is np.ndarray and (axis is None or type(axis) is int):
+        if where is None and out is None and dtype is None and b is None and not return_sign:
+            launch = _launch(op, x.shape, x.strides, x.dtype, axis, bool(keepdims))
+            if launch is not None:
+                result = launch.allocate()
+                threads = _pool.thread_count() if launch.parallel else 1
+                launch.into(x, result, threads)
+                return launch.view(result)
+    return _run(op, x, axis, where, out, dtype, b, bool(keepdims), bool(return_sign), name)
+
+
+def _run(
+    op: str,
+    x: Any,
+    axis: Any,
+    where: Any,
+    out: Any,
+    dtype: Any,
+    b: Any,
+    keepdims: bool,
+    return_sign: bool,
+    name: str,
+) -> Any:
+    """The general way: every argument looked at."""
+    x = _semantics.as_array(x, name)
+    chosen = None if dtype is None else _semantics.chosen_dtype(dtype)
+    weights = None if b is None else _semantics.as_array(b, "b")
+    result = _semantics.real_dtype(x.dtype, name)
+    if weights is not None:
+        other = _semantics.real_dtype(weights.dtype, "b")
+        promoted = np.result_type(_weak(x, result), b if np.isscalar(b) else weights)
+        result = None if result is None or other is None else _semantics.real_dtype(promoted, "b")
+        try:
+            x, weights = np.broadcast_arrays(x, weights)
+        except ValueError:
+            raise ValueError(
+                f"b of shape {weights.shape} does not broadcast with a of shape {x.shape}"
+            ) from None
+    if chosen is not None:
+        if x.dtype.kind == "c" or (weights is not None and weights.dtype.kind == "c"):
+            raise TypeError(f"dtype must be complex for {name} of dtype {x.dtype}, not {chosen}")
+        result = chosen
+    axes = _semantics.normalize_axis(axis, x.ndim)
+    mask = None if where is None else _semantics.check_where(where, x.shape)
+    shape = _semantics.result_shape(op, x.shape, axes, keepdims)
+    if result is None:
+        return _scipy(op, x, axes, mask, out, weights, keepdims, return_sign)
+    if out is not None:
+        _semantics.check_out(out, shape, result)
+        if not _lies_apart(out, x, mask, weights):
+            x, mask, weights = _copies(x, mask, weights)
+    sign = None
+    if x.size == 0:
+        target = np.full(shape, -np.inf, result) if out is None else out
+        if out is not None and op == LOGSUMEXP:
+            out[...] = -np.inf
+        sign = np.zeros(shape, result)
+    elif weights is not None or return_sign:
+        target = np.empty(shape, result) if out is None else out
+        sign = np.empty(shape, result) if return_sign else None
+        weights = np.broadcast_to(np.float64(1.0), x.shape) if weights is None else weights
+        _packed(op, x, axes, mask, weights, target, sign, result)
+    else:
+        target = _unweighted(op, x, axes, mask, out, result, shape)
+    answer = target if target.ndim or out is not None else target[()]
+    if not return_sign:
+        return answer
+    return answer, (sign if sign.ndim else sign[()])  # type: ignore[union-attr]
+
+
+def _weak(x: Array, result: np.dtype[Any] | None) -> np.dtype[Any]:
+    return x.dtype if result is None else result
+
+
+def _lies_apart(out: Array, x: Array, *others: Array | None) -> bool:
+    """Whether writing out cannot spoil an input: no memory in common, or x itself in place."""
+    if any(other is not None and np.may_share_memory(out, other) for other in others):
+        return False
+    if not np.may_share_memory(out, x):
+        return True
+    at, at_out = x.__array_interface__["data"][0], out.__array_interface__["data"][0]
+    same = at == at_out and x.strides == out.strides and x.shape == out.shape
+    return bool(same and x.dtype == out.dtype and not _repeats(out))
+
+
+def _repeats(x: Array) -> bool:
+    """Whether several elements of x share memory."""
+    return any(step == 0 < size - 1 for size, step in zip(x.shape, x.strides, strict=True))
+
+
+def _copies(*arrays: Array | None) -> list[Any]:
+    return [None if a is None else a.copy() for a in arrays]
+
+
+def _unweighted(
+    op: str,
+    x: Array,
+    axes: tuple[int, ...],
+    mask: Array | None,
+    out: Array | None,
+    result: np.dtype[Any],
+    shape: tuple[int, ...],
+) -> Array:
+    """Straight from and to the arrays as they lie where a kernel can, else packed."""
+    plain = mask is None and _semantics.real_dtype(x.dtype, "x") == result and x.dtype.isnative
+    keepdims = len(shape) == x.ndim
+    if plain and (out is None or op == LOGSUMEXP):
+        launch = _launch(op, x.shape, x.strides, x.dtype, axes, keepdims)
+        if launch is not None:
+            made = launch.allocate()
+            launch.into(x, made, _pool.thread_count() if launch.parallel else 1)
+            made = np.asarray(launch.view(made))
+            if out is None:
+                return made
+            np.copyto(out, made, casting="same_kind")
+            return out
+    elif plain and out is not None and out.dtype == result:
+        aligned = out.__array_interface__["data"][0] % _plan.VECTOR_BYTES == 0
+        launch = _launch(op, x.shape, x.strides, x.dtype, axes, keepdims, out.strides, aligned)
+        if launch is not None:
+            launch.into(x, out, _pool.thread_count() if launch.parallel else 1)
+            return out
+    target = np.empty(shape, result) if out is None else out
+    _packed(op, x, axes, mask, None, target, None, result)
+    return target
+
+
+# -- arrays that no kernel walks ------------------------------------------------------------------
+
+
+def _packed(
+    op: str,
+    x: Array,
+    axes: tuple[int, ...],
+    mask: Array | None,
+    weights: Array | None,
+    out: Array,
+    sign: Array | None,
+    result: np.dtype[Any],
+) -> None:
+    """Lanes copied to rows a piece at a time: other strides, byte orders, dtypes, masks, weights."""
+    kept = tuple(i for i in range(x.ndim) if i not in axes)
+    order = kept + axes
+
+    def lanes(a: Array | None) -> Array | None:
+        return None if a is None else a.transpose(order)
+
+    def results(a: Array | None) -> Array | None:
+        if a is None:
+            return None
+        if op != LOGSUMEXP:
+            return a.transpose(order)
+        return a.reshape([x.shape[i] for i in kept]) if a.ndim == x.ndim else a
+
+    if op == LOGSUMEXP and not out.flags.c_contiguous:
+        made = np.empty(out.shape, out.dtype)
+        _packed(op, x, axes, mask, weights, made, sign, result)
+        out[...] = made
+        return
+    x, mask, weights = lanes(x), lanes(mask), lanes(weights)  # type: ignore[assignment]
+    out, sign = results(out), results(sign)  # type: ignore[assignment]
+    n = 1
+    for size in x.shape[len(kept) :]:
+        n *= size
+    wide = 8 if weights is not None else max(4, result.itemsize)
+    pieces = deque(_pieces(x.shape[: len(kept)], n * wide))
+    count, done, errors = len(pieces), [0] * 0, [BaseException()] * 0
+
+    def work() -> None:
+        while True:
+            try:
+                piece = pieces.popleft()
+            except IndexError:
+                return
+            try:
+                part = [None if a is None else a[piece] for a in (x, mask, weights)]
+                value, signs = _piece(op, part[0], part[1], part[2], n, result)
+                where = out[piece]
+                where[...] = value.reshape(where.shape)
+                if sign is not None:
+                    sign[piece] = np.reshape(signs, sign[piece].shape)
+            except BaseException as error:  # raised again in the calling thread
+                errors.append(error)
+                pieces.clear()
+                done.extend([0] * count)
+            done.append(1)
+
+    threads = _pool.thread_count() if x.size * wide >= _plan.LIMITS.serial_bytes else 1
+    if threads > 1 and count > 1:
+        _pool.share(work, min(threads, count), lambda: len(done) >= count, pieces.clear)
+    else:
+        work()
+    if errors:
+        raise errors[0]
+
+
+def _pieces(shape: tuple[int, ...], lane_bytes: int) -> Any:
+    """Indices that cut the kept axes into pieces of about equal work, whole lanes each."""
+    budget = max(1, _plan.LIMITS.packed_bytes // lane_bytes)
+    tail = len(shape)
+    inside = 1
+    while tail and inside * shape[tail - 1] <= budget:
+        tail -= 1
+        inside *= shape[tail]
+    if tail == 0:
+        return [(...,)]
+    step = max(1, budget // inside)
+    heads = itertools.product(*(range(size) for size in shape[: tail - 1]))
+    last = shape[tail - 1]
+    return [
+        (*head, slice(start, min(start + step, last)), ...)
+        for head in heads
+        for start in range(0, last, step)
+    ]
+
+
+def _piece(
+    op: str, x: Array, mask: Array | None, weights: Array | None, n: int, result: np.dtype[Any]
+) -> tuple[Array, Array | None]:
+    """The results of one piece, its lanes in rows."""
+    kind = np.dtype(np.float64) if weights is not None else result
+    with np.errstate(all="ignore"):
+        rows = np.array(x, dtype=kind, order="C", copy=True).reshape(-1, n)
+        if weights is not None:
+            by = np.array(weights, dtype=kind, order="C", copy=True).reshape(-1, n)
+            if mask is not None:
+                by[~mask.reshape(-1, n)] = 0.0
+            return _weighted(rows, by, result)
+        if mask is None:
+            return _rows(op, rows), None
+        visible = mask.reshape(-1, n)
+        rows[~visible] = -np.inf
+        value = _rows(op, rows)
+        if op != LOGSUMEXP:
+            value[~visible.any(axis=1)] = 0.0 if op == SOFTMAX else -np.inf
+        return value, None
+
+
+def _rows(op: str, rows: Array) -> Array:
+    """One op on rows that lie one behind the other, in this thread; in place where it can be."""
+    launch = _launch(op, rows.shape, rows.strides, rows.dtype, 1, False, None)
+    if launch is None:
+        return _plain.run(op, rows)
+    out = launch.allocate() if op == LOGSUMEXP else rows
+    launch.into(rows, out, 1)
+    return out
+
+
+def _weighted(x: Array, weights: Array, result: np.dtype[Any]) -> tuple[Array, Array]:
+    """logsumexp of rows with weights, and the sign of the sum."""
+    hidden = weights == 0.0
+    x[hidden] = -np.inf
+    weights[x == -np.inf] = 0.0
+    m, s, c = _weighted_pairs(x, weights)
+    real = _scalars.WEIGHTED["float64"]
+    o = _plain.operations(real)
+    negative = s < 0
+    total, rest = np.where(negative, -s, s), np.where(negative, -c, c)
+    sign = np.sign(s)
+    log, low = _scalars.log_rest(o, m, total, rest)
+    value = _scalars.logsumexp(o, m, log, low)
+    value[total == 0] = -np.inf
+    odd = ~np.isfinite(value) & (total != 0) | ~np.isfinite(m) & ~hidden.all(axis=1)
+    if odd.any():  # infinities: the direct sum knows their rules
+        direct = (weights[odd] * np.exp(x[odd])).sum(axis=1)
+        value[odd], sign[odd] = np.log(np.abs(direct)), np.sign(direct)
+    return value.astype(result), sign.astype(result)
+
+
+def _weighted_pairs(x: Array, weights: Array) -> tuple[Array, Array, Array]:
+    lanes, n = x.shape
+    if config.DISABLE_JIT:
+        return _plain.pairs(_plain.operations(_scalars.WEIGHTED["float64"]), x, weights)
+    call = _weighted_call(lanes, n)
+    pairs = np.empty((3, lanes), np.float64)
+    call(x, pairs, weights, 1)
+    return pairs[0], pairs[1], pairs[2]
+
+
+@functools.lru_cache(maxsize=64)
+def _weighted_call(lanes: int, n: int) -> Call:
+    job = kernels.Job(kernels.PAIRS, "float64", "float64", "along", weighted=True)
+    return _call(
+        job,
+        outer=lanes,
+        n=n,
+        inner=1,
+        block=n,
+        item_bytes=8 * n,
+        parallel=False,
+        x_outer=8 * n,
+        out_plane=8 * lanes,
+    )
+
+
+# -- dtypes that only SciPy knows -----------------------------------------------------------------
+
+
+def _scipy(
+    op: str,
+    x: Array,
+    axes: tuple[int, ...],
+    mask: Array | None,
+    out: Array | None,
+    weights: Array | None,
+    keepdims: bool,
+    return_sign: bool,
+) -> Any:
+    """complex and longdouble: SciPy's own function, with the arguments that it lacks."""
+    from scipy import special
+
+    with np.errstate(all="ignore"):
+        if mask is not None:
+            x = np.where(mask, x, -np.inf)
+        sign = None
+        if op == LOGSUMEXP and x.size:
+            value, sign = special.logsumexp(x, axes, weights, keepdims, True)
+            if not return_sign:
+                value = special.logsumexp(x, axes, weights, keepdims)
+        elif op == LOGSUMEXP:
+            value = np.full(_semantics.result_shape(op, x.shape, axes, keepdims), -np.inf, x.dtype)
+            sign = np.zeros_like(value)
+        else:
+            value = getattr(special, op)(x, axis=axes) if x.size else x.copy()
+            if mask is not None:
+                empty = ~mask.any(axis=axes, keepdims=True)
+                value = np.where(empty, 0.0 if op == SOFTMAX else -np.inf, value).astype(x.dtype)
+        if out is not None:
+            _semantics.check_out(out, np.shape(value), np.asarray(value).dtype)
+            np.copyto(out, value, casting="same_kind")
+            value = out
+    return (value, sign) if return_sign else value

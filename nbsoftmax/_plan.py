@@ -1,0 +1,118 @@
+"""The regimes as data: which kernel walks a folded array, in what pieces. Integers in, a record out."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ._semantics import LOGSUMEXP
+
+VECTOR_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where one regime gives way to the next. Never a function of the number of threads: the
+    regime decides the order of summation, and results must not depend on who computes them."""
+
+    # Rows shorter than this are turned in registers, a vector's worth of rows at a time: the 80
+    # cycles that the row pipeline spends on each row weigh more than two transposes.
+    short_float32_elements: int = 32
+    short_float64_elements: int = 16
+    # A lane up to this long stays in the second-level cache (1 MB a core) with the two behind it.
+    lane_bytes: int = 192 * 1024
+    # Longer ones are cut into blocks: big enough that merging them costs nothing, small enough that
+    # a block read for its maximum is still in cache when its terms are summed.
+    block_bytes: int = 64 * 1024
+    # Few lanes are cut earlier, so that there is work for every core.
+    few_lanes: int = 16
+    few_lanes_bytes: int = 64 * 1024
+    # Across: one panel (up to 256 bytes wide) of all rows in cache, or blocks of rows.
+    panel_bytes: int = 128 * 1024
+    panel_block_bytes: int = 64 * 1024
+    few_panels: int = 16
+    few_panels_bytes: int = 32 * 1024
+    # Fewer neighbouring lanes than this leave a vector too empty: such arrays are packed to rows.
+    narrow_elements: int = 4
+    # Below this one thread is done before a second has woken up.
+    serial_bytes: int = 128 * 1024
+    # Work is taken in pieces of about this size; small enough to end together, large enough that
+    # the first items of a piece, which run without overlap, do not count.
+    chunk_bytes: int = 256 * 1024
+    # Outputs larger than this (half of the last-level cache) are stored past the cache.
+    past_cache_bytes: int = 16 * 1024 * 1024
+    # Arrays that no kernel walks are packed to rows in pieces of this size.
+    packed_bytes: int = 512 * 1024
+
+
+LIMITS = Limits()
+_when_changed: list[Callable[[], object]] = []
+
+
+def on_change(forget: Callable[[], object]) -> None:
+    """Have ``forget`` called when the limits change: for whoever remembers plans."""
+    _when_changed.append(forget)
+
+
+@contextlib.contextmanager
+def using(**changes: int) -> Iterator[Limits]:
+    """Other limits for a while: for tests that lead small arrays into every regime."""
+    global LIMITS
+    before = LIMITS
+    LIMITS = dataclasses.replace(before, **changes)
+    for forget in _when_changed:
+        forget()
+    try:
+        yield LIMITS
+    finally:
+        LIMITS = before
+        for forget in _when_changed:
+            forget()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a folded array is walked."""
+
+    walk: str  # along, across, short or packed
+    panel: int = 1  # vectors side by side
+    block: int = 0  # lane elements of one block; n if the lane is not cut
+    past_cache: bool = False
+
+    def blocks(self, n: int) -> int:
+        return max(1, -(-n // self.block))
+
+
+def _across_panel(inner: int, width: int) -> int:
+    """As many vectors as there are lanes side by side for, up to four."""
+    vectors = -(-inner // width)
+    return 4 if vectors > 2 else vectors
+
+
+def plan(
+    op: str, outer: int, n: int, inner: int, compute_itemsize: int, result_itemsize: int, native: bool
+) -> Plan:
+    """The regime of an array folded to ``(outer, n, inner)``. First line that holds wins.
+
+    ``native``: the input is float32 or float64, which is what the turned rows can read.
+    """
+    limits = LIMITS
+    width = VECTOR_BYTES // compute_itemsize
+    lane = n * compute_itemsize
+    writes = 0 if op == LOGSUMEXP else outer * n * inner * result_itemsize
+    past_cache = writes > limits.past_cache_bytes
+    short = limits.short_float32_elements if compute_itemsize == 4 else limits.short_float64_elements
+    if inner > 1:
+        if inner < limits.narrow_elements:
+            return Plan("packed")
+        panel = _across_panel(inner, width)
+        row = panel * VECTOR_BYTES
+        few = outer * -(-inner // (panel * width)) < limits.few_panels
+        if n * row > (limits.few_panels_bytes if few else limits.panel_bytes):
+            return Plan("across", panel, max(8, limits.panel_block_bytes // row), past_cache)
+        return Plan("across", panel, n, past_cache)
+    if native and n <= short and outer >= width // 2:
+        return Plan("short", 1, n)
+    if lane > (limits.few_lanes_bytes if outer < limits.few_lanes else limits.lane_bytes):
+        return Plan("along", 4, limits.block_bytes // compute_itemsize, past_cache)
+    return Plan("along", 4, n, past_cache)

@@ -1,0 +1,260 @@
+"""The mathematics of softmax on one page, written once for every machine that runs it.
+
+A lane (one vector along the reduced axis) is summarised by ``m = max x_i`` and a sum kept in two parts,
+
+    s + c = sum 2^(bias - top) * e^(x_i - shift),        (top, shift) = scale(m),
+
+where ``c`` collects what rounding took from ``s``.  Kernels only decide in which order numbers meet.
+
+Two ideas carry the accuracy:
+
+* The maximum enters as an integer exponent and is never subtracted (unless it is so large that
+  ``x * log2(e)`` has no fraction bits left), so ``x - m`` is not rounded.  The bias keeps small terms
+  normal numbers: a result underflows once, gradually, in the last multiplication.
+* The logarithm is taken of ``1 + rest``: the maximum's own term is removed from the sum exactly, so a
+  lane dominated by one element keeps its small part.
+
+Every function takes ``o``, the operations of one machine: LLVM vectors (``_simd.Emitter``) or NumPy
+arrays (``_plain.Operations``).  A value knows ``+ - * /`` and comparisons; ``o`` has the rest.
+
+Edge cases are repaired once per lane, in `scale` and the functions below it, never per element:
+NaN passes through every step; a lane of ``-inf`` is summed as if it were 0 and repaired at the end;
+``+inf`` makes the sum NaN.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+Value = Any  # an LLVM vector or a NumPy array; both know the arithmetic operators
+Operations = Any
+
+
+@dataclass(frozen=True)
+class Real:
+    """The constants of one floating-point format."""
+
+    name: str
+    itemsize: int
+    mantissa: int  # stored bits
+    one_exponent: int  # the exponent field of 1.0
+    round: float  # adding 1.5 * 2^mantissa rounds to an integer and leaves it in the low bits
+    bias: int  # binary exponent given to the largest term
+    clamp: int  # terms below 2^-clamp of the largest are as good as 0, even summed 2^30 times
+    exact: float  # below it, k * ln2_hi is exact in a fused multiply-add
+    log2e: float
+    ln2_hi: float
+    ln2_lo: float
+    ln2_short: float  # few enough bits that an exponent times it is exact
+    ln2_rest: float
+    exp: tuple[float, ...]  # e^r = 1 + r + r^2 * (exp[0] + exp[1] r + ...), |r| <= ln(2)/2
+    log: tuple[float, ...]  # 2 atanh(z) = 2z + z^3 * (log[0] + log[1] z^2 + ...)
+
+
+# The polynomials of exp are minimax for the relative error, with 1 + r kept exact:
+# 0.05 / 2^24 at degree 6 for float32, 0.03 / 2^53 at degree 11 for float64.
+FLOAT32 = Real(
+    name="float32",
+    itemsize=4,
+    mantissa=23,
+    one_exponent=127,
+    round=12582912.0,
+    bias=64,
+    clamp=180,
+    exact=2.0**20,
+    log2e=1.4426950216293335,
+    ln2_hi=0.6931471824645996,
+    ln2_lo=-1.9046542121259336e-09,
+    ln2_short=0.693145751953125,
+    ln2_rest=1.42860677e-06,
+    exp=(
+        0.4999999403953552,
+        0.1666651964187622,
+        0.04166839271783829,
+        0.008368778973817825,
+        0.0013814526610076427,
+    ),
+    log=tuple(2 / (2 * k + 3) for k in range(5)),
+)
+FLOAT64 = Real(
+    name="float64",
+    itemsize=8,
+    mantissa=52,
+    one_exponent=1023,
+    round=6755399441055744.0,
+    bias=200,
+    clamp=1150,
+    exact=2.0**40,
+    log2e=float.fromhex("0x1.71547652b82fep+0"),
+    ln2_hi=float.fromhex("0x1.62e42fefa39efp-1"),
+    ln2_lo=float.fromhex("0x1.abc9e3b39803fp-56"),
+    ln2_short=float.fromhex("0x1.62e42fee00000p-1"),
+    ln2_rest=float.fromhex("0x1.a39ef35793c76p-33"),
+    exp=tuple(
+        float.fromhex(c)
+        for c in (
+            "0x1.000000000000ap-1",
+            "0x1.55555555554f9p-3",
+            "0x1.55555555507fdp-5",
+            "0x1.1111111127e6ap-7",
+            "0x1.6c16c1844820cp-10",
+            "0x1.a01a0129b507cp-13",
+            "0x1.a01999b5c6b67p-16",
+            "0x1.71df263b45059p-19",
+            "0x1.28adc707585cbp-22",
+            "0x1.ad7ed348e90f6p-26",
+        )
+    ),
+    log=tuple(2 / (2 * k + 3) for k in range(11)),
+)
+# Weights may be as large as numbers get, so the terms keep out of their way.
+WEIGHTED = {
+    "float32": dataclasses.replace(FLOAT32, bias=0, clamp=120),
+    "float64": dataclasses.replace(FLOAT64, bias=0, clamp=1000),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How the terms of one lane are scaled: fixed by its maximum alone."""
+
+    shift: Value  # subtracted from x; 0 unless the maximum is huge
+    top: Value  # binary exponent of the largest term before the bias
+    floor: Value  # smaller inputs are treated as this one
+    magic: Value  # rounds x * log2(e) to an integer and holds it as a biased exponent field
+
+
+def scale(o: Operations, m: Value) -> Scale:
+    """The scale of a lane with maximum ``m``; an empty or all ``-inf`` lane is scaled as 0."""
+    real = o.real
+    m = o.where(m == o.const(-float("inf")), o.const(0.0), m)
+    shift = o.where(abs(m) < o.const(real.exact), o.const(0.0), m)
+    top = o.fma(m - shift, o.const(real.log2e), o.const(real.round)) - o.const(real.round)
+    floor = (top - o.const(real.clamp)) * o.const(real.ln2_hi)
+    magic = o.const(real.round + real.bias + real.one_exponent) - top
+    return Scale(shift, top, floor, magic)
+
+
+def horner(o: Operations, x: Value, coefficients: tuple[float, ...]) -> Value:
+    """``coefficients[0] + coefficients[1] x + ...``"""
+    total = o.const(coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        total = o.fma(total, x, o.const(c))
+    return total
+
+
+def _reduced(o: Operations, x: Value, by: Scale) -> tuple[Value, Value, Value]:
+    """``x - shift = k ln 2 + r``: the tail q of e^r = 1 + q r, r, and 2^k with the lane's bias."""
+    real = o.real
+    y = o.larger(by.floor, x - by.shift)  # this order keeps a NaN in x
+    t = o.fma(y, o.const(real.log2e), by.magic)
+    k = t - by.magic
+    r = o.fma(k, o.const(-real.ln2_lo), o.fma(k, o.const(-real.ln2_hi), y))
+    q = o.fma(horner(o, r, real.exp), r, o.const(1.0))
+    return q, r, o.power_of_two(t)
+
+
+def exp(o: Operations, x: Value, by: Scale) -> Value:
+    """``2^(bias - top) e^(x - shift)`` for ``x <= m`` or NaN; 0.6 ulp, -inf gives as good as 0."""
+    q, r, power = _reduced(o, x, by)
+    # A product and not an addition to the exponent bits: those would turn some NaNs into numbers.
+    return o.fma(q, r, o.const(1.0)) * power
+
+
+def exp_two_parts(o: Operations, x: Value, by: Scale) -> tuple[Value, Value]:
+    """`exp`, bit for bit, and what its last addition rounded away."""
+    q, r, power = _reduced(o, x, by)
+    p = o.fma(q, r, o.const(1.0))
+    return p * power, o.fma(q, r, o.const(1.0) - p) * power
+
+
+def two_sum(a: Value, b: Value) -> tuple[Value, Value]:
+    """``a + b`` rounded, and the exact rest (Knuth)."""
+    t = a + b
+    other = t - a
+    return t, (a - (t - other)) + (b - other)
+
+
+def add(s: Value, c: Value, term: Value) -> tuple[Value, Value]:
+    """Push one term to the sum ``s + c``."""
+    s, rest = two_sum(s, term)
+    return s, c + rest
+
+
+def merge(s: Value, c: Value, s2: Value, c2: Value) -> tuple[Value, Value]:
+    """Join two sums of the same scale."""
+    s, c = add(s, c, s2)
+    return s, c + c2
+
+
+def rescale(o: Operations, m: Value, whole: Value) -> Value:
+    """What turns a sum scaled for ``m`` into one scaled for ``whole >= m``; 0 if either is infinite.
+
+    A power of two, and so without rounding, unless one of the two scales has a shift.
+    """
+    ratio = exp(o, m, scale(o, whole)) / exp(o, m, scale(o, m))
+    limit = o.const(float("inf"))
+    return o.where((abs(m) < limit) & (abs(whole) < limit), ratio, o.const(0.0))
+
+
+def reciprocal(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
+    """``1 / (s + c)`` in two parts; NaN for a lane of ``-inf``."""
+    total, rest = two_sum(s, c)
+    high = o.const(1.0) / total
+    low = high * (o.fma(o.const(0.0) - high, total, o.const(1.0)) - high * rest)
+    return o.where(m == o.const(-float("inf")), o.const(float("nan")), high), low
+
+
+def softmax(o: Operations, term: Value, high: Value, low: Value) -> Value:
+    """One result from its term and the lane's `reciprocal`."""
+    return o.fma(term, high, term * low)
+
+
+def log_softmax(x: Value, m: Value, log: Value) -> Value:
+    """One result from its input and the lane's `log_rest`."""
+    return (x - m) - log
+
+
+def log1p(o: Operations, y: Value, y_low: Value) -> tuple[Value, Value]:
+    """``log(1 + y + y_low)`` for ``y > -1`` in two parts; relative error 0.7 ulp. NaN stays NaN.
+
+    With ``1 + y = 2^k (1 + f)``: ``k ln 2 + f - (f^2/2 - z (f^2/2 + R(z)))``, ``z = f / (2 + f)``.
+    """
+    real = o.real
+    u, rest = two_sum(o.const(1.0), y)
+    k, fraction = o.split_exponent(u)  # fraction in [sqrt(1/2), sqrt(2))
+    near = k == o.const(0.0)
+    f = o.where(near, y, fraction - o.const(1.0))
+    rest = o.where(near, y_low, o.times_power_of_two(rest + y_low, o.const(0.0) - k))
+    half_square = o.const(0.5) * f * f
+    z = f / (o.const(2.0) + f)
+    square = z * z
+    tail = z * o.fma(square, horner(o, square, real.log), half_square)
+    tail = tail + o.fma(k, o.const(real.ln2_rest), rest / (o.const(1.0) + f))
+    high, low = two_sum(k * o.const(real.ln2_short), f)
+    high, low2 = two_sum(high, tail - half_square)
+    bad = o.isnan(y - y)  # infinite or NaN
+    return o.where(bad, y, high), o.where(bad, y, low + low2)
+
+
+def log_rest(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
+    """``log sum e^(x_i - m)`` in two parts; NaN where the sum is, else 0 for an infinite m."""
+    infinite = (abs(m) == o.const(float("inf"))) & (s == s)
+    largest, largest_low = exp_two_parts(o, m, scale(o, m))
+    s, rest = two_sum(s, o.const(0.0) - largest)
+    rest = rest + c
+    s, rest = two_sum(s, rest)
+    y = s / largest
+    y_low = ((o.fma(o.const(0.0) - y, largest, s) + rest) - y * largest_low) / largest
+    high, low = log1p(o, y, y_low)
+    zero = o.const(0.0)
+    return o.where(infinite, zero, high), o.where(infinite, zero, low)
+
+
+def logsumexp(o: Operations, m: Value, log: Value, log_low: Value) -> Value:
+    """``m + log`` of the lane's `log_rest`."""
+    total, rest = two_sum(m, log)
+    result = total + (rest + log_low)
+    # inf - inf inside two_sum is NaN; an infinite maximum is its own answer unless the sum is NaN.
+    infinite = (abs(m) == o.const(float("inf"))) & (log == log)
+    return o.where(infinite, m, result)

@@ -1,0 +1,277 @@
+"""The mathematics compiled: vectors of one full register, written to LLVM through Numba's intrinsics.
+
+A vector always holds 64 bytes of numbers; LLVM splits it on hardware with narrower registers.
+Explicit vectors and not Numba's auto-vectoriser, which can neither be told to store past the cache
+nor to interleave the passes over several lanes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from . import _scalars
+
+VECTOR_BYTES = 64
+
+I1 = ir.IntType(1)
+I8 = ir.IntType(8)
+I32 = ir.IntType(32)
+I64 = ir.IntType(64)
+FLOATS = {"float16": ir.HalfType(), "float32": ir.FloatType(), "float64": ir.DoubleType()}
+
+
+class Vector:
+    """An LLVM vector with the arithmetic operators that the mathematics is written in."""
+
+    __slots__ = ("o", "value")
+
+    def __init__(self, o: "Emitter", value: ir.Value) -> None:
+        self.o = o
+        self.value = value
+
+    def __add__(self, other: "Vector") -> "Vector":
+        return self.o.real_vector(self.o.b.fadd(self.value, other.value))
+
+    def __sub__(self, other: "Vector") -> "Vector":
+        return self.o.real_vector(self.o.b.fsub(self.value, other.value))
+
+    def __mul__(self, other: "Vector") -> "Vector":
+        return self.o.real_vector(self.o.b.fmul(self.value, other.value))
+
+    def __truediv__(self, other: "Vector") -> "Vector":
+        return self.o.real_vector(self.o.b.fdiv(self.value, other.value))
+
+    def __and__(self, other: "Vector") -> "Vector":
+        return Vector(self.o, self.o.b.and_(self.value, other.value))
+
+    def __or__(self, other: "Vector") -> "Vector":
+        return Vector(self.o, self.o.b.or_(self.value, other.value))
+
+    def _compare(self, how: str, other: "Vector") -> "Vector":
+        return Vector(self.o, self.o.b.fcmp_ordered(how, self.value, other.value))
+
+    def __lt__(self, other: "Vector") -> "Vector":
+        return self._compare("<", other)
+
+    def __gt__(self, other: "Vector") -> "Vector":
+        return self._compare(">", other)
+
+    def __eq__(self, other: object) -> "Vector":  # type: ignore[override]
+        assert isinstance(other, Vector)
+        return self._compare("==", other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __abs__(self) -> "Vector":
+        return self.o.call("llvm.fabs", [self])
+
+
+class Variable:
+    """A value that changes inside loops; LLVM turns it into a register."""
+
+    def __init__(self, o: "Emitter", start: Vector) -> None:
+        self.o = o
+        self.pointer = cgutils.alloca_once(o.b, start.value.type)
+        self.set(start)
+
+    def get(self) -> Vector:
+        return Vector(self.o, self.o.b.load(self.pointer))
+
+    def set(self, value: Vector) -> None:
+        self.o.b.store(value.value, self.pointer)
+
+
+class Emitter:
+    """What `_scalars` asks of a machine, as LLVM instructions, and the memory operations of kernels."""
+
+    def __init__(self, builder: ir.IRBuilder, real: _scalars.Real) -> None:
+        self.b = builder
+        self.real = real
+        self.width = VECTOR_BYTES // real.itemsize
+        self.element = FLOATS[real.name]
+        self.integer = ir.IntType(8 * real.itemsize)
+        self.type = ir.VectorType(self.element, self.width)
+        self.integer_type = ir.VectorType(self.integer, self.width)
+
+    # -- arithmetic that operators do not cover -------------------------------------------------
+
+    def real_vector(self, value: ir.Value) -> Vector:
+        return Vector(self, value)
+
+    def const(self, value: float) -> Vector:
+        return Vector(self, ir.Constant(self.type, [ir.Constant(self.element, value)] * self.width))
+
+    def integers(self, value: int) -> ir.Constant:
+        return ir.Constant(
+            self.integer_type, [ir.Constant(self.integer, value)] * self.width
+        )
+
+    def where(self, condition: Vector, a: Vector, b: Vector) -> Vector:
+        return Vector(self, self.b.select(condition.value, a.value, b.value))
+
+    def larger(self, a: Vector, b: Vector) -> Vector:
+        """``a if a > b else b``: a NaN in ``b`` is kept, one in ``a`` is lost. One instruction."""
+        return self.where(a > b, a, b)
+
+    def isnan(self, a: Vector) -> Vector:
+        return Vector(self, self.b.fcmp_unordered("uno", a.value, a.value))
+
+    def call(self, name: str, arguments: Sequence[Vector]) -> Vector:
+        kind = ir.FunctionType(self.type, [self.type] * len(arguments))
+        name = f"{name}.v{self.width}f{8 * self.real.itemsize}"
+        function = cgutils.get_or_insert_function(self.b.module, kind, name)
+        return Vector(self, self.b.call(function, [a.value for a in arguments]))
+
+    def fma(self, a: Vector, b: Vector, c: Vector) -> Vector:
+        # Without the hardware instruction this becomes a call of libm's fma: slow, same bits.
+        return self.call("llvm.fma", [a, b, c])
+
+    def power_of_two(self, t: Vector) -> Vector:
+        """2^k where the low bits of ``t`` are k plus the exponent bias."""
+        bits = self.b.shl(self.b.bitcast(t.value, self.integer_type), self.integers(self.real.mantissa))
+        return Vector(self, self.b.bitcast(bits, self.type))
+
+    def split_exponent(self, u: Vector) -> tuple[Vector, Vector]:
+        """``u = 2^k f`` with f in [sqrt(1/2), sqrt(2)), for a positive normal number."""
+        half_root = {23: 0x3F3504F3, 52: 0x3FE6A09E667F3BCD}[self.real.mantissa]
+        mantissa = self.integers(self.real.mantissa)
+        bits = self.b.bitcast(u.value, self.integer_type)
+        k = self.b.ashr(self.b.sub(bits, self.integers(half_root)), mantissa)
+        fraction = self.b.bitcast(self.b.sub(bits, self.b.shl(k, mantissa)), self.type)
+        return Vector(self, self.b.sitofp(k, self.type)), Vector(self, fraction)
+
+    def times_power_of_two(self, a: Vector, k: Vector) -> Vector:
+        """``2^k a`` for an exponent k of a normal number."""
+        shifted = k + self.const(self.real.round + self.real.one_exponent)
+        return a * self.power_of_two(shifted)
+
+    # -- across the elements of one vector ------------------------------------------------------
+
+    def shuffle(self, a: Vector, b: Vector, index: Sequence[int]) -> Vector:
+        mask = ir.Constant(ir.VectorType(I32, len(index)), [ir.Constant(I32, i) for i in index])
+        return Vector(self, self.b.shuffle_vector(a.value, b.value, mask))
+
+    def rotations(self) -> Iterator[Callable[[Vector], Vector]]:
+        step = self.width // 2
+        while step:
+            index = [(i + step) % self.width for i in range(self.width)]
+            yield lambda v, index=index: self.shuffle(v, v, index)
+            step //= 2
+
+    def max_of_elements(self, v: Vector) -> Vector:
+        for rotate in self.rotations():
+            v = self.larger(rotate(v), v)
+        return v
+
+    def sum_of_elements(self, s: Vector, c: Vector) -> tuple[Vector, Vector]:
+        for rotate in self.rotations():
+            s, c = _scalars.merge(s, c, rotate(s), rotate(c))
+        first = [0] * self.width
+        return self.shuffle(s, s, first), self.shuffle(c, c, first)
+
+    def transpose(self, rows: list[Vector]) -> list[Vector]:
+        """A square of numbers held in registers: element j of row i becomes element i of row j."""
+        w, step = self.width, 1
+        low = lambda d: [i if not i & d else w + i - d for i in range(w)]  # noqa: E731
+        high = lambda d: [i + d if not i & d else w + i for i in range(w)]  # noqa: E731
+        while step < w:
+            done = list(rows)
+            for i in range(w):
+                if not i & step:
+                    done[i] = self.shuffle(rows[i], rows[i + step], low(step))
+                    done[i + step] = self.shuffle(rows[i], rows[i + step], high(step))
+            rows, step = done, 2 * step
+        return rows
+
+    # -- memory ---------------------------------------------------------------------------------
+
+    def int64(self, value: int) -> ir.Constant:
+        return ir.Constant(I64, value)
+
+    def splat(self, scalar: ir.Value) -> Vector:
+        undefined = ir.Constant(self.type, ir.Undefined)
+        one = Vector(self, self.b.insert_element(undefined, scalar, ir.Constant(I32, 0)))
+        return self.shuffle(one, one, [0] * self.width)
+
+    def live(self, count: ir.Value) -> Vector:
+        """The mask of the first ``count`` elements."""
+        kind = ir.VectorType(I64 if self.width == 8 else I32, self.width)
+        if self.width != 8:
+            count = self.b.trunc(count, I32)
+        undefined = ir.Constant(kind, ir.Undefined)
+        zero = ir.Constant(ir.VectorType(I32, self.width), None)
+        first = self.b.insert_element(undefined, count, ir.Constant(I32, 0))
+        counts = self.b.shuffle_vector(first, undefined, zero)
+        index = ir.Constant(kind, [ir.Constant(kind.element, i) for i in range(self.width)])
+        return Vector(self, self.b.icmp_signed("<", index, counts))
+
+    def at(self, address: ir.Value, kind: ir.Type) -> ir.Value:
+        return self.b.inttoptr(address, kind.as_pointer())
+
+    def load_raw(self, address: ir.Value, kind: ir.VectorType, mask: Vector | None) -> ir.Value:
+        """Plain memory to a vector; masked-out elements are 0 and not touched."""
+        if mask is None:
+            instruction = self.b.load(self.at(address, kind))
+            instruction.align = 1
+            return instruction
+        name = f"llvm.masked.load.v{kind.count}{_suffix(kind.element)}.p0"
+        pointer = self.at(address, kind)
+        types = [pointer.type, I32, mask.value.type, kind]
+        function = cgutils.get_or_insert_function(
+            self.b.module, ir.FunctionType(kind, types), name
+        )
+        zero = ir.Constant(kind, None)
+        return self.b.call(function, [pointer, ir.Constant(I32, 1), mask.value, zero])
+
+    def store_raw(
+        self, address: ir.Value, value: ir.Value, mask: Vector | None, past_cache: bool = False
+    ) -> None:
+        kind = value.type
+        if mask is not None:
+            name = f"llvm.masked.store.v{kind.count}{_suffix(kind.element)}.p0"
+            pointer = self.at(address, kind)
+            types = [kind, pointer.type, I32, mask.value.type]
+            function = cgutils.get_or_insert_function(
+                self.b.module, ir.FunctionType(ir.VoidType(), types), name
+            )
+            self.b.call(function, [value, pointer, ir.Constant(I32, 1), mask.value])
+            return
+        instruction = self.b.store(value, self.at(address, kind))
+        instruction.align = 1
+        if past_cache:
+            # Past the cache wants whole aligned vectors; the caller sees to that.
+            instruction.align = kind.count * _bytes(kind.element)
+            one = self.b.module.add_metadata([ir.Constant(I32, 1)])
+            instruction.set_metadata("nontemporal", one)
+
+    def load(self, address: ir.Value, mask: Vector | None = None) -> Vector:
+        return Vector(self, self.load_raw(address, self.type, mask))
+
+    def store(self, address: ir.Value, value: Vector, mask: Vector | None = None) -> None:
+        self.store_raw(address, value.value, mask)
+
+    def prefetch(self, address: ir.Value) -> None:
+        """Into the second-level cache."""
+        kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+        function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
+        flags = [ir.Constant(I32, v) for v in (0, 2, 1)]
+        self.b.call(function, [self.at(address, I8), *flags])
+
+    @contextlib.contextmanager
+    def loop(self, start: ir.Value, stop: ir.Value, step: int = 1) -> Iterator[ir.Value]:
+        with cgutils.for_range_slice(self.b, start, stop, self.int64(step), I64, inc=True) as (i, _):
+            yield i
+
+
+def _bytes(element: ir.Type) -> int:
+    if isinstance(element, ir.IntType):
+        return element.width // 8
+    return {"half": 2, "float": 4, "double": 8}[str(element)]
+
+
+def _suffix(element: ir.Type) -> str:
+    letter = "i" if isinstance(element, ir.IntType) else "f"
+    return f"{letter}{8 * _bytes(element)}"
