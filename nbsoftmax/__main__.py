@@ -110,7 +110,7 @@ def _run(options: argparse.Namespace, console: Console) -> bool:
     arrays: list[tuple[_check.Array, _timing.Axis]] = []
     if user is None:
         for dtype in _timing.DTYPES:
-            inputs.extend(_check.hard_inputs(np.dtype(dtype), items))
+            inputs.extend(_check.hard_inputs(dtype, items // 4, items))
         arrays.extend(_timing.arrays(options.quick))
     else:
         inputs.extend(_finite_lanes(options.input.name, *user, items))

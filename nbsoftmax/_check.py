@@ -111,10 +111,10 @@ def worst_ulp(got: Array, want: Array, scale: Array, wide: Wide) -> float:
     return float((abs(wide.array(got) - want) / spacing).max())
 
 
-def hard_inputs(dtype: Any, items: int) -> Iterator[tuple[str, Array]]:
+def hard_inputs(dtype: Any, items: int, length: int) -> Iterator[tuple[str, Array]]:
     """Yield (name, lanes): about `items` numbers of each kind that naive code gets wrong.
 
-    Lanes have 1000 elements, or 64 where one dominates; a long row has them all.
+    Lanes have 1000 elements, or 64 where one dominates; a long row has `length`.
     """
     rng = np.random.default_rng(20)
     info = np.finfo(dtype)
@@ -135,8 +135,8 @@ def hard_inputs(dtype: Any, items: int) -> Iterator[tuple[str, Array]]:
         ("U(-700, 700)", rng.uniform(-700, 700, shape)),
         ("one dominates", saturated),
         ("subnormal results", subnormal),
-        ("long N(0, 1)", rng.standard_normal((1, items))),
-        ("long U(0, 0.01)", rng.uniform(0, 0.01, (1, items))),
+        ("long N(0, 1)", rng.standard_normal((1, length))),
+        ("long U(0, 0.01)", rng.uniform(0, 0.01, (1, length))),
     ):
         yield name, x.astype(dtype)
 

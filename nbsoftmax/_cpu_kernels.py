@@ -492,10 +492,12 @@ class Sum(Stage):
     """s + c of the lane, whose m is known; the terms stay in scratch if the op wants them again."""
 
     keeps_terms = False
+    counts_largest = True  # instead of summing them
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
         self.m = kernel.variables(kernel.sets)
+        self.count = kernel.variables(kernel.panel)
         self.s = kernel.variables(kernel.panel)
         self.c = kernel.variables(kernel.panel)
 
@@ -503,7 +505,7 @@ class Sum(Stage):
         super().enter(item)
         for mine, passed in zip(self.m, self.k.m, strict=True):
             mine.set(passed.get())
-        for part in (*self.s, *self.c):
+        for part in (*self.count, *self.s, *self.c):
             part.set(self.o.const(0.0))
         self.scales = [_scalars.scale(self.o, m.get()) for m in self.m]
 
@@ -511,13 +513,21 @@ class Sum(Stage):
         o, k = self.o, self.k
         x = k.load_x(self.range, j, u, mask)
         term = _scalars.exp(o, x, self.scales[u % k.sets])
+        one, zero = o.const(1.0), o.const(0.0)
         if k.job.weighted:
             weight = k.b.add(k.x_at(self.range, j, u), k.b.sub(k.pairs, k.x))
-            term = term * k.source.load(o, weight, mask)
+            one = k.source.load(o, weight, mask)
+            term = term * one
         if mask is not None:
-            term = o.where(mask, term, o.const(0.0))
+            term = o.where(mask, term, zero)
         if self.keeps_terms:
             o.store(k.scratch_at(self.range, j, u), term)
+        if self.counts_largest:
+            largest = x == self.m[u % k.sets].get()
+            if mask is not None:
+                largest = largest & mask
+            term = o.where(largest, zero, term)
+            self.count[u].set(self.count[u].get() + o.where(largest, one, zero))
         s, c = _scalars.add(self.s[u].get(), self.c[u].get(), term)
         self.s[u].set(s)
         self.c[u].set(c)
@@ -530,8 +540,15 @@ class Sum(Stage):
             s, c = o.sum_of_elements(s, c)
             self.s[0].set(s)
             self.c[0].set(c)
-        with k.each_set(self.m, self.s[: k.sets], self.c[: k.sets]) as (u, one):
-            self.finish(u, *one)
+            if self.counts_largest:
+                count = functools.reduce(Vector.__add__, [part.get() for part in self.count])
+                self.count[0].set(o.sum_of_elements(count, o.const(0.0))[0])
+        with k.each_set(self.m, self.count, self.s, self.c) as (u, (m, count, s, c)):
+            if self.counts_largest:
+                s2, c2 = _scalars.with_equals(o, m.get(), count.get(), s.get(), c.get())
+                s.set(s2)
+                c.set(c2)
+            self.finish(u, m, s, c)
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
         raise NotImplementedError
@@ -541,6 +558,7 @@ class SumForSoftmax(Sum):
     """Leaves the terms in scratch and turns s, c into the two parts of the reciprocal."""
 
     keeps_terms = True
+    counts_largest = False
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
@@ -560,50 +578,14 @@ class SumForLogSoftmax(Sum):
         kernel.finished = [self.m, self.s]
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
-        log, _ = _scalars.log_rest(self.o, m.get(), s.get(), c.get())
-        s.set(self.o.where(m.get() == self.o.const(-float("inf")), self.o.const(float("nan")), log))
+        s.set(_scalars.log_to_subtract(self.o, m.get(), s.get(), c.get()))
 
 
 class SumForPairs(Sum):
-    """Writes m, s and c, with s NaN only if the lane holds one."""
+    """Writes m, s and c; s is NaN only if the lane holds one."""
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
-        o = self.o
-        self.settle_infinite(u, m, s, c)
         self.write(u, (m.get(), s.get(), c.get()))
-
-    def settle_infinite(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
-        """The sum of a lane with m = +-inf: 0, unless the lane holds a NaN.
-
-        With +inf the sum is NaN either way, so such a lane is read again; they are rare.
-        """
-        k, o, b = self.k, self.o, self.k.b
-        zero, nan = o.const(0.0), o.const(float("nan"))
-        lowest = m.get() == o.const(-float("inf"))
-        s.set(o.where(lowest & (s.get() == s.get()), zero, s.get()))
-        infinite = m.get() == o.const(float("inf"))
-        bits = b.bitcast(infinite.value, ir.IntType(o.width))
-        with b.if_then(b.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0)), likely=False):
-            seen = Variable(o, zero)
-            r = self.range
-            shift = b.mul(u, k.int(o.width))
-            r = Range(
-                b.add(r.x, b.mul(shift, k.int(k.source.itemsize))),
-                r.out,
-                r.scratch,
-                b.sub(r.count, shift),
-                r.full,
-                r.steps,
-            )
-            with o.loop(k.int(0), r.steps) as j:
-                for part, mask in enumerate(k.masks(r, j)[: k.panel if k.along else 1]):
-                    x = k.load_x(r, j, part, mask)
-                    seen.set(o.where(o.isnan(x), nan, seen.get()))
-            found = seen.get()
-            if k.along:
-                found, _ = o.sum_of_elements(found, zero)
-            s.set(o.where(infinite, found, s.get()))
-            c.set(o.where(infinite, zero, c.get()))
 
     def write(self, u: ir.Value, values: tuple[Vector, ...]) -> None:
         k, b = self.k, self.k.b
@@ -619,9 +601,7 @@ class SumForLogSumExp(SumForPairs):
     """Writes logsumexp of the lane."""
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
-        self.settle_infinite(u, m, s, c)
-        log, low = _scalars.log_rest(self.o, m.get(), s.get(), c.get())
-        self.write(u, (_scalars.logsumexp(self.o, m.get(), log, low),))
+        self.write(u, (_scalars.logsumexp(self.o, m.get(), s.get(), c.get()),))
 
 
 class Output(Stage):
@@ -708,7 +688,8 @@ class ApplySoftmax(Apply):
         self.scales = [_scalars.scale(self.o, m.get()) for m in self.m]
 
     def finish(self, m: Variable, s: Variable, c: Variable) -> None:
-        high, low = _scalars.reciprocal(self.o, m.get(), s.get(), c.get())
+        total = _scalars.whole(self.o, m.get(), s.get(), c.get())
+        high, low = _scalars.reciprocal(self.o, m.get(), *total)
         s.set(high)
         c.set(low)
 
@@ -724,8 +705,7 @@ class ApplyLogSoftmax(Apply):
     """log_softmax in a second reading of x."""
 
     def finish(self, m: Variable, s: Variable, c: Variable) -> None:
-        log, _ = _scalars.log_rest(self.o, m.get(), s.get(), c.get())
-        s.set(self.o.where(m.get() == self.o.const(-float("inf")), self.o.const(float("nan")), log))
+        s.set(_scalars.log_to_subtract(self.o, m.get(), s.get(), c.get()))
 
     def step_at(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> None:
         k = self.k
@@ -739,7 +719,7 @@ class Merge(SumForPairs):
 
     def __init__(self, kernel: Kernel) -> None:
         self.k, self.o = kernel, kernel.o
-        self.m, self.s, self.c = (kernel.variables(1) for _ in range(3))
+        self.m, self.count, self.s, self.c = (kernel.variables(1) for _ in range(4))
 
     def plane(self, j: ir.Value, index: int, mask: Vector) -> Vector:
         k = self.k
@@ -750,26 +730,37 @@ class Merge(SumForPairs):
         self.current, self.range = item, self.k.range(item)
         o, k = self.o, self.k
         (mask,) = k.masks(self.range, k.int(0))
-        m, s, c = self.m[0], self.s[0], self.c[0]
+        m, count, s, c = self.m[0], self.count[0], self.s[0], self.c[0]
         m.set(o.const(-float("inf")))
-        s.set(o.const(0.0))
-        c.set(o.const(0.0))
+        for part in (count, s, c):
+            part.set(o.const(0.0))
         with o.loop(k.int(0), item.length) as j:
             m.set(o.larger(self.plane(j, 0, mask), m.get()))
         with o.loop(k.int(0), item.length) as j:
-            part, s2, c2 = (self.plane(j, index, mask) for index in range(3))
-            factor = _scalars.rescale(o, part, m.get())
-            s2, c2 = _scalars.merge(s.get(), c.get(), factor * s2, factor * c2)
+            one, zero = o.const(1.0), o.const(0.0)
+            part_m, s2, c2 = (self.plane(j, index, mask) for index in range(3))
+            largest = part_m == m.get()
+            count.set(count.get() + o.where(largest, one, zero))
+            factor = _scalars.rescale(o, part_m, m.get())
+            term = _scalars.exp(o, part_m, _scalars.scale(o, m.get()))
+            term = o.where(largest | (factor == zero), zero, term)
+            s2, c2 = _scalars.merge(term, zero, factor * s2, factor * c2)
+            s2, c2 = _scalars.merge(s.get(), c.get(), s2, c2)
             s.set(s2)
             c.set(c2)
+
     def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
         """Nothing is left for the walk to do."""
 
     def leave(self) -> None:
-        self.finish(self.k.int(0), self.m[0], self.s[0], self.c[0])
+        m, count, s, c = self.m[0], self.count[0], self.s[0], self.c[0]
+        s2, c2 = _scalars.with_equals(self.o, m.get(), count.get(), s.get(), c.get())
+        s.set(s2)
+        c.set(c2)
+        self.finish(self.k.int(0), m, s, c)
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
-        infinite = m.get() == self.o.const(float("inf"))
+        infinite = m.get() == self.o.const(float("inf"))  # no terms for softmax to divide
         s.set(self.o.where(infinite, self.o.const(float("nan")), s.get()))
         self.write(u, (m.get(), s.get(), c.get()))
 
@@ -778,8 +769,7 @@ class MergeLogSumExp(Merge):
     """The pairs of a lane's blocks to its logsumexp."""
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
-        log, low = _scalars.log_rest(self.o, m.get(), s.get(), c.get())
-        self.write(u, (_scalars.logsumexp(self.o, m.get(), log, low),))
+        self.write(u, (_scalars.logsumexp(self.o, m.get(), s.get(), c.get()),))
 
 
 # First to last: the last stage works on item i, the one before it on i + 1, and so on.

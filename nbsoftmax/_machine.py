@@ -17,6 +17,7 @@ import numpy as np
 import scipy
 
 import nbsoftmax
+from nbsoftmax import _pool
 
 # Widest first: (name, LLVM features that make it up, bits).
 _SIMD = (
@@ -90,7 +91,7 @@ def machine() -> dict[str, Any]:
         "cpu": llvmlite.binding.get_host_cpu_name(),
         "cores": cores(),
         "simd": simd(),
-        "threads": numba.get_num_threads(),
+        "threads": _pool.thread_count(),
         "numba_threading_layers": threading_layers(),
         "cuda_devices": cuda_devices(),
     }

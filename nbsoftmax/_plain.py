@@ -74,12 +74,14 @@ def sum_pairs(s: Array, c: Array) -> tuple[Array, Array]:
 
 
 def pairs(o: Operations, x: Array, weights: Array | None = None) -> tuple[Array, Array, Array]:
-    """m, s and c of every row."""
+    """m and the two parts of the sum of all terms but one largest, for every row."""
     m = x.max(axis=1, initial=-np.inf, where=~np.isnan(x))
     terms = _terms(o, x, m)
-    if weights is not None:
-        terms = terms * weights
+    one = np.ones_like(terms) if weights is None else weights
+    largest = x == m[:, None]
+    terms = np.where(largest, 0, terms * one)
     s, c = sum_pairs(terms, np.zeros_like(terms))
+    s, c = _scalars.with_equals(o, m, (largest * one).sum(axis=1), s, c)
     return m, s, c
 
 
@@ -91,21 +93,17 @@ def _terms(o: Operations, x: Array, m: Array) -> Array:
 def run(op: str, rows: Array) -> Array:
     """One op on rows, for a process without a compiler."""
     result = rows.dtype
-    real = _scalars.FLOAT64 if result == np.float64 else _scalars.FLOAT32
-    o = operations(real)
+    o = operations(_scalars.FLOAT64 if result == np.float64 else _scalars.FLOAT32)
     x = rows.astype(o.dtype)
     with np.errstate(all="ignore"):
         m, s, c = pairs(o, x)
-        if op == SOFTMAX:
-            high, low = _scalars.reciprocal(o, m, s, c)
+        if op == LOGSUMEXP:
+            value = _scalars.logsumexp(o, m, s, c)
+        elif op == SOFTMAX:
+            high, low = _scalars.reciprocal(o, m, *_scalars.whole(o, m, s, c))
+            high = np.where(m == np.inf, o.const(np.nan), high)
             value = _scalars.softmax(o, _terms(o, x, m), high[:, None], low[:, None])
         else:
-            infinite = np.isinf(m) & ~np.isnan(x).any(axis=1)
-            s = np.where(infinite, 0, s)
-            log, low = _scalars.log_rest(o, m, s, np.where(infinite, 0, c))
-            if op == LOGSUMEXP:
-                value = _scalars.logsumexp(o, m, log, low)
-            else:
-                log = np.where(np.isinf(m), np.nan, log).astype(o.dtype)
-                value = _scalars.log_softmax(x, m[:, None], log[:, None])
+            log = _scalars.log_to_subtract(o, m, s, c)
+            value = _scalars.log_softmax(x, m[:, None], log[:, None])
         return np.asarray(value).astype(result)

@@ -1,25 +1,24 @@
 """The mathematics of softmax on one page, written once for every machine that runs it.
 
-A lane (one vector along the reduced axis) is summarised by ``m = max x_i`` and a sum kept in two parts,
-
-    s + c = sum 2^(bias - top) * e^(x_i - shift),        (top, shift) = scale(m),
-
-where ``c`` collects what rounding took from ``s``.  Kernels only decide in which order numbers meet.
+The terms of a lane (one vector along the reduced axis) are ``e^(x_i - shift)`` times a power of two,
+both fixed by ``m = max x_i`` in `scale`.  The lane is summarised by the pair ``(m, s + c)``: its
+maximum and the sum of all terms but one largest.  A sum is kept in two parts: ``c`` collects what
+rounding took from ``s``.  Kernels only decide in which order numbers meet.
 
 Two ideas carry the accuracy:
 
 * The maximum enters as an integer exponent and is never subtracted (unless it is so large that
   ``x * log2(e)`` has no fraction bits left), so ``x - m`` is not rounded.  The bias keeps small terms
   normal numbers: a result underflows once, gradually, in the last multiplication.
-* The logarithm is taken of ``1 + rest``: the maximum's own term is removed from the sum exactly, so a
-  lane dominated by one element keeps its small part.
+* The largest terms are counted, not summed, and the logarithm is taken of ``1 + rest``: so a lane
+  dominated by one element keeps its small part.  (softmax needs the whole sum and skips this.)
 
 Every function takes ``o``, the operations of one machine: LLVM vectors (``_simd.Emitter``) or NumPy
 arrays (``_plain.Operations``).  A value knows ``+ - * /`` and comparisons; ``o`` has the rest.
 
 Edge cases are repaired once per lane, in `scale` and the functions below it, never per element:
-NaN passes through every step; a lane of ``-inf`` is summed as if it were 0 and repaired at the end;
-``+inf`` makes the sum NaN.
+NaN passes through every step and makes the sum NaN; a maximum of +-inf is scaled like a number, its
+own elements being counted and not summed, and what it means is said at the end.
 """
 
 import dataclasses
@@ -127,9 +126,12 @@ class Scale:
 def scale(o: Operations, m: Value) -> Scale:
     """The scale of a lane with maximum ``m``; an empty or all ``-inf`` lane is scaled as 0."""
     real = o.real
-    m = o.where(m == o.const(-float("inf")), o.const(0.0), m)
-    shift = o.where(abs(m) < o.const(real.exact), o.const(0.0), m)
-    top = o.fma(m - shift, o.const(real.log2e), o.const(real.round)) - o.const(real.round)
+    zero = o.const(0.0)
+    m = o.where(m == o.const(-float("inf")), zero, m)
+    small = abs(m) < o.const(real.exact)
+    shift = o.where(small, zero, m)
+    near = o.where(small, m, zero)
+    top = o.fma(near, o.const(real.log2e), o.const(real.round)) - o.const(real.round)
     floor = (top - o.const(real.clamp)) * o.const(real.ln2_hi)
     magic = o.const(real.round + real.bias + real.one_exponent) - top
     return Scale(shift, top, floor, magic)
@@ -197,8 +199,30 @@ def rescale(o: Operations, m: Value, whole: Value) -> Value:
     return o.where((abs(m) < limit) & (abs(whole) < limit), ratio, o.const(0.0))
 
 
+def with_equals(
+    o: Operations, m: Value, count: Value, s: Value, c: Value
+) -> tuple[Value, Value]:
+    """The pair's sum: the terms below the largest, s + c, and all but one of the ``count`` largest.
+
+    0 for an infinite m, unless the lane holds a NaN.
+    """
+    largest = exp(o, m, scale(o, m))
+    others = count - o.const(1.0)
+    product = others * largest
+    rest = o.fma(others, largest, o.const(0.0) - product)
+    total, c = add(product, c + rest, s)
+    infinite = (abs(m) == o.const(float("inf"))) & (s == s)
+    zero = o.const(0.0)
+    return o.where(infinite, zero, total), o.where(infinite, zero, c)
+
+
+def whole(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
+    """The sum of all terms from that of all but one largest."""
+    return add(exp(o, m, scale(o, m)), c, s)
+
+
 def reciprocal(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
-    """``1 / (s + c)`` in two parts; NaN for a lane of ``-inf``."""
+    """``1 / (s + c)`` of the whole sum in two parts; NaN for a lane of ``-inf``."""
     total, rest = two_sum(s, c)
     high = o.const(1.0) / total
     low = high * (o.fma(o.const(0.0) - high, total, o.const(1.0)) - high * rest)
@@ -211,7 +235,7 @@ def softmax(o: Operations, term: Value, high: Value, low: Value) -> Value:
 
 
 def log_softmax(x: Value, m: Value, log: Value) -> Value:
-    """One result from its input and the lane's `log_rest`."""
+    """One result from its input and the lane's `log_to_subtract`."""
     return (x - m) - log
 
 
@@ -237,24 +261,28 @@ def log1p(o: Operations, y: Value, y_low: Value) -> tuple[Value, Value]:
     return o.where(bad, y, high), o.where(bad, y, low + low2)
 
 
-def log_rest(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
-    """``log sum e^(x_i - m)`` in two parts; NaN where the sum is, else 0 for an infinite m."""
-    infinite = (abs(m) == o.const(float("inf"))) & (s == s)
+def ratio_to_largest(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
+    """The pair's sum over its largest term, in two parts."""
     largest, largest_low = exp_two_parts(o, m, scale(o, m))
-    s, rest = two_sum(s, o.const(0.0) - largest)
-    rest = rest + c
-    s, rest = two_sum(s, rest)
     y = s / largest
-    y_low = ((o.fma(o.const(0.0) - y, largest, s) + rest) - y * largest_low) / largest
-    high, low = log1p(o, y, y_low)
-    zero = o.const(0.0)
-    return o.where(infinite, zero, high), o.where(infinite, zero, low)
+    return y, ((o.fma(o.const(0.0) - y, largest, s) + c) - y * largest_low) / largest
 
 
-def logsumexp(o: Operations, m: Value, log: Value, log_low: Value) -> Value:
-    """``m + log`` of the lane's `log_rest`."""
+def log_sum(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
+    """``log sum e^(x_i - m)`` of a pair in two parts."""
+    return log1p(o, *ratio_to_largest(o, m, s, c))
+
+
+def log_to_subtract(o: Operations, m: Value, s: Value, c: Value) -> Value:
+    """What log_softmax takes from ``x - m``; NaN for an infinite m."""
+    log, _ = log_sum(o, m, s, c)
+    return o.where(abs(m) == o.const(float("inf")), o.const(float("nan")), log)
+
+
+def logsumexp(o: Operations, m: Value, s: Value, c: Value) -> Value:
+    """The lane's logsumexp from its pair."""
+    log, low = log_sum(o, m, s, c)
     total, rest = two_sum(m, log)
-    result = total + (rest + log_low)
-    # inf - inf inside two_sum is NaN; an infinite maximum is its own answer unless the sum is NaN.
-    infinite = (abs(m) == o.const(float("inf"))) & (log == log)
-    return o.where(infinite, m, result)
+    # An infinite maximum is its own answer (inf - inf inside two_sum is NaN), unless the sum is NaN.
+    infinite = (abs(m) == o.const(float("inf"))) & (s == s)
+    return o.where(infinite, m, total + (rest + low))

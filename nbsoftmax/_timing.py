@@ -44,7 +44,7 @@ CASES = (
 DTYPES = ("float32", "float64")
 QUICK_ITEMS = 2**21
 
-_SECONDS = 0.4  # for one case, dtype and function
+_SECONDS = 0.25  # for one case, dtype and function
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 25
 _SAMPLE_SECONDS = 1e-3  # calls shorter than this are repeated within one sample
 
