@@ -114,7 +114,7 @@ def worst_ulp(got: Array, want: Array, scale: Array, wide: Wide) -> float:
 def hard_inputs(dtype: Any, items: int, length: int) -> Iterator[tuple[str, Array]]:
     """Yield (name, lanes): about `items` numbers of each kind that naive code gets wrong.
 
-    Lanes have 1000 elements, or 64 where one dominates; a long row has `length`.
+    Lanes have 1000 elements; pairs have 2, those that one dominates 64, a long row `length`.
     """
     rng = np.random.default_rng(20)
     info = np.finfo(dtype)
@@ -130,6 +130,7 @@ def hard_inputs(dtype: Any, items: int, length: int) -> Iterator[tuple[str, Arra
 
     for name, x in (
         ("N(0, 1)", rng.standard_normal(shape)),
+        ("pairs of N(0, 1)", rng.standard_normal((items // 2, 2))),
         ("N(0, 10)", 10 * rng.standard_normal(shape)),
         ("1e6 + N(0, 1)", 1e6 + rng.standard_normal(shape)),
         ("U(-700, 700)", rng.uniform(-700, 700, shape)),

@@ -107,12 +107,22 @@ class Launch:
     aligned: bool  # the result must lie on whole vectors
     parallel: bool
 
-    def allocate(self) -> Array:
-        if self.aligned:
-            return _aligned(self.shape, self.result)
-        return np.empty(self.shape, self.result)
+    def new(self, x: Array) -> Any:
+        """The result as the caller sees it; a full reduction is a scalar."""
+        out = (
+            _aligned(self.shape, self.result) if self.aligned else np.empty(self.shape, self.result)
+        )
+        self.into(x, out)
+        if self.transpose is not None:
+            out = out.transpose(self.transpose)
+        if self.shape != self.final_shape:
+            out = out.reshape(self.final_shape)
+        return out if self.final_shape else out[()]
 
-    def into(self, x: Array, out: Array, threads: int) -> None:
+    def into(self, x: Array, out: Array, threads: int | None = None) -> None:
+        """Fill ``out``, whose strides are those that this was made for."""
+        if threads is None:
+            threads = _pool.thread_count() if self.parallel else 1
         if len(self.calls) == 1:
             self.calls[0](x, out, None, threads)
             return
@@ -121,14 +131,6 @@ class Launch:
             self.calls, [x, *made[:1], x], [*made, out], [None, None, made[-1]], strict=False
         ):
             call(source, target, pairs, threads)
-
-    def view(self, out: Array) -> Any:
-        """A new result as the caller sees it; a full reduction is a scalar."""
-        if self.transpose is not None:
-            out = out.transpose(self.transpose)
-        if self.shape != self.final_shape:
-            out = out.reshape(self.final_shape)
-        return out if self.final_shape else out[()]
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -266,14 +268,40 @@ def run(
 ) -> Any:
     """One of the three functions on one array."""
     if type(x) is np.ndarray and (axis is None or type(axis) is int):
-        if where is None and out is None and dtype is None and b is None and not return_sign:
-            launch = _launch(op, x.shape, x.strides, x.dtype, axis, bool(keepdims))
-            if launch is not None:
-                result = launch.allocate()
-                threads = _pool.thread_count() if launch.parallel else 1
-                launch.into(x, result, threads)
-                return launch.view(result)
-    return _run(op, x, axis, where, out, dtype, b, bool(keepdims), bool(return_sign), name)
+        if where is None and dtype is None and b is None and not return_sign:
+            # The common call: a look-up of how, memory for the result, and the kernel.
+            if out is None:
+                launch = _launch(op, x.shape, x.strides, x.dtype, axis, bool(keepdims))
+                if launch is not None:
+                    return launch.new(x)
+            elif _takes_directly(op, x, out):
+                launch = _launch(
+                    op, x.shape, x.strides, x.dtype, axis, False, out.strides, _on_vectors(out)
+                )
+                if launch is not None and out.dtype == launch.result:
+                    launch.into(x, out)
+                    return out
+    with np.errstate(all="ignore"):
+        return _run(op, x, axis, where, out, dtype, b, bool(keepdims), bool(return_sign), name)
+
+
+def _takes_directly(op: str, x: Array, out: Any) -> bool:
+    """Whether out is a plain array that a kernel can fill with softmax while it reads x."""
+    return (
+        op != LOGSUMEXP
+        and type(out) is np.ndarray
+        and out.shape == x.shape
+        and out.flags.writeable
+        and (out is x or not np.may_share_memory(out, x))
+        and not _repeats(out)
+    )
+
+
+def _on_vectors(out: Array) -> bool:
+    """Whether out starts on a whole vector; asked only where it matters, for it takes 1 us."""
+    if out.nbytes <= _plan.LIMITS.past_cache_bytes:
+        return True
+    return bool(out.__array_interface__["data"][0] % _plan.VECTOR_BYTES == 0)
 
 
 def _run(
@@ -294,18 +322,10 @@ def _run(
     weights = None if b is None else _semantics.as_array(b, "b")
     result = _semantics.real_dtype(x.dtype, name)
     if weights is not None:
-        other = _semantics.real_dtype(weights.dtype, "b")
-        promoted = np.result_type(_weak(x, result), b if np.isscalar(b) else weights)
-        result = None if result is None or other is None else _semantics.real_dtype(promoted, "b")
-        try:
-            x, weights = np.broadcast_arrays(x, weights)
-        except ValueError:
-            raise ValueError(
-                f"b of shape {weights.shape} does not broadcast with a of shape {x.shape}"
-            ) from None
+        x, weights, result = _with_weights(x, weights, result, np.isscalar(b))
     if chosen is not None:
-        if x.dtype.kind == "c" or (weights is not None and weights.dtype.kind == "c"):
-            raise TypeError(f"dtype must be complex for {name} of dtype {x.dtype}, not {chosen}")
+        if any(a is not None and a.dtype.kind == "c" for a in (x, weights)):
+            raise TypeError(f"dtype must not be {chosen} for complex {name} or b")
         result = chosen
     axes = _semantics.normalize_axis(axis, x.ndim)
     mask = None if where is None else _semantics.check_where(where, x.shape)
@@ -315,28 +335,42 @@ def _run(
     if out is not None:
         _semantics.check_out(out, shape, result)
         if not _lies_apart(out, x, mask, weights):
-            x, mask, weights = _copies(x, mask, weights)
-    sign = None
+            x, mask, weights = (None if a is None else a.copy() for a in (x, mask, weights))
+    sign = np.empty(shape, result) if return_sign else None
     if x.size == 0:
-        target = np.full(shape, -np.inf, result) if out is None else out
-        if out is not None and op == LOGSUMEXP:
-            out[...] = -np.inf
-        sign = np.zeros(shape, result)
-    elif weights is not None or return_sign:
         target = np.empty(shape, result) if out is None else out
-        sign = np.empty(shape, result) if return_sign else None
-        weights = np.broadcast_to(np.float64(1.0), x.shape) if weights is None else weights
+        target[...] = -np.inf
+        if sign is not None:
+            sign[...] = 0.0
+    elif weights is not None:
+        target = np.empty(shape, result) if out is None else out
         _packed(op, x, axes, mask, weights, target, sign, result)
     else:
         target = _unweighted(op, x, axes, mask, out, result, shape)
-    answer = target if target.ndim or out is not None else target[()]
-    if not return_sign:
+        if sign is not None:
+            sign[...] = np.where(target == -np.inf, 0.0, np.where(np.isnan(target), np.nan, 1.0))
+    answer = target if shape or out is not None else target[()]
+    if sign is None:
         return answer
-    return answer, (sign if sign.ndim else sign[()])  # type: ignore[union-attr]
+    return answer, (sign if shape else sign[()])
 
 
-def _weak(x: Array, result: np.dtype[Any] | None) -> np.dtype[Any]:
-    return x.dtype if result is None else result
+def _with_weights(
+    x: Array, weights: Array, result: np.dtype[Any] | None, scalar: bool
+) -> tuple[Array, Array, np.dtype[Any] | None]:
+    """A and b broadcast together, and the dtype that both are computed in."""
+    if result is None or _semantics.real_dtype(weights.dtype, "b") is None:
+        result = None
+    elif not (scalar and weights.dtype.kind in "biuf"):  # a Python number leaves a's dtype alone
+        both = np.result_type(result, weights.dtype)
+        result = both if both.kind == "f" or both == result else np.dtype(np.float64)
+    try:
+        x, weights = np.broadcast_arrays(x, weights)
+    except ValueError:
+        raise ValueError(
+            f"b of shape {weights.shape} does not broadcast with a of shape {x.shape}"
+        ) from None
+    return x, weights, result
 
 
 def _lies_apart(out: Array, x: Array, *others: Array | None) -> bool:
@@ -355,10 +389,6 @@ def _repeats(x: Array) -> bool:
     return any(step == 0 < size - 1 for size, step in zip(x.shape, x.strides, strict=True))
 
 
-def _copies(*arrays: Array | None) -> list[Any]:
-    return [None if a is None else a.copy() for a in arrays]
-
-
 def _unweighted(
     op: str,
     x: Array,
@@ -369,24 +399,22 @@ def _unweighted(
     shape: tuple[int, ...],
 ) -> Array:
     """Straight from and to the arrays as they lie where a kernel can, else packed."""
-    plain = mask is None and _semantics.real_dtype(x.dtype, "x") == result and x.dtype.isnative
     keepdims = len(shape) == x.ndim
-    if plain and (out is None or op == LOGSUMEXP):
-        launch = _launch(op, x.shape, x.strides, x.dtype, axes, keepdims)
-        if launch is not None:
-            made = launch.allocate()
-            launch.into(x, made, _pool.thread_count() if launch.parallel else 1)
-            made = np.asarray(launch.view(made))
-            if out is None:
-                return made
-            np.copyto(out, made, casting="same_kind")
-            return out
-    elif plain and out is not None and out.dtype == result:
-        aligned = out.__array_interface__["data"][0] % _plan.VECTOR_BYTES == 0
-        launch = _launch(op, x.shape, x.strides, x.dtype, axes, keepdims, out.strides, aligned)
-        if launch is not None:
-            launch.into(x, out, _pool.thread_count() if launch.parallel else 1)
-            return out
+    if mask is None and _semantics.real_dtype(x.dtype, "x") == result:
+        geometry = op, x.shape, x.strides, x.dtype, axes, keepdims
+        if out is None or op == LOGSUMEXP:
+            launch = _launch(*geometry)
+            if launch is not None:
+                made = np.asarray(launch.new(x))
+                if out is None:
+                    return made
+                np.copyto(out, made, casting="same_kind")
+                return out
+        elif out.dtype == result:
+            launch = _launch(*geometry, out.strides, _on_vectors(out))
+            if launch is not None:
+                launch.into(x, out)
+                return out
     target = np.empty(shape, result) if out is None else out
     _packed(op, x, axes, mask, None, target, None, result)
     return target
@@ -431,26 +459,28 @@ def _packed(
         n *= size
     wide = 8 if weights is not None else max(4, result.itemsize)
     pieces = deque(_pieces(x.shape[: len(kept)], n * wide))
-    count, done, errors = len(pieces), [0] * 0, [BaseException()] * 0
+    count = len(pieces)
+    done: list[None] = []
+    errors: list[BaseException] = []
 
     def work() -> None:
-        while True:
-            try:
-                piece = pieces.popleft()
-            except IndexError:
-                return
-            try:
-                part = [None if a is None else a[piece] for a in (x, mask, weights)]
-                value, signs = _piece(op, part[0], part[1], part[2], n, result)
-                where = out[piece]
-                where[...] = value.reshape(where.shape)
-                if sign is not None:
-                    sign[piece] = np.reshape(signs, sign[piece].shape)
-            except BaseException as error:  # raised again in the calling thread
-                errors.append(error)
-                pieces.clear()
-                done.extend([0] * count)
-            done.append(1)
+        with np.errstate(all="ignore"):
+            while True:
+                try:
+                    piece = pieces.popleft()
+                except IndexError:
+                    return
+                try:
+                    part = [None if a is None else a[piece] for a in (x, mask, weights)]
+                    value, signs = _piece(op, part[0], part[1], part[2], n, result)
+                    out[piece] = value.reshape(out[piece].shape)
+                    if sign is not None and signs is not None:
+                        sign[piece] = signs.reshape(sign[piece].shape)
+                except BaseException as error:  # raised again in the calling thread
+                    errors.append(error)
+                    pieces.clear()
+                    done.extend([None] * count)
+                done.append(None)
 
     threads = _pool.thread_count() if x.size * wide >= _plan.LIMITS.serial_bytes else 1
     if threads > 1 and count > 1:
@@ -486,35 +516,36 @@ def _piece(
 ) -> tuple[Array, Array | None]:
     """The results of one piece, its lanes in rows."""
     kind = np.dtype(np.float64) if weights is not None else result
-    with np.errstate(all="ignore"):
-        rows = np.array(x, dtype=kind, order="C", copy=True).reshape(-1, n)
-        if weights is not None:
-            by = np.array(weights, dtype=kind, order="C", copy=True).reshape(-1, n)
-            if mask is not None:
-                by[~mask.reshape(-1, n)] = 0.0
-            return _weighted(rows, by, result)
-        if mask is None:
-            return _rows(op, rows), None
-        visible = mask.reshape(-1, n)
-        rows[~visible] = -np.inf
-        value = _rows(op, rows)
-        if op != LOGSUMEXP:
-            value[~visible.any(axis=1)] = 0.0 if op == SOFTMAX else -np.inf
-        return value, None
+    if not _reads(kind) and kind.itemsize == 2:
+        kind = np.dtype(np.float32)
+    rows = np.array(x, dtype=kind, order="C", copy=True).reshape(-1, n)
+    if weights is not None:
+        by = np.array(weights, dtype=kind, order="C", copy=True).reshape(-1, n)
+        if mask is not None:
+            by[~mask.reshape(-1, n)] = 0.0
+        return _weighted(rows, by, result)
+    if mask is None:
+        return _rows(op, rows), None
+    visible = mask.reshape(-1, n)
+    rows[~visible] = -np.inf
+    value = _rows(op, rows)
+    if op != LOGSUMEXP:
+        value[~visible.any(axis=1)] = 0.0 if op == SOFTMAX else -np.inf
+    return value, None
 
 
 def _rows(op: str, rows: Array) -> Array:
     """One op on rows that lie one behind the other, in this thread; in place where it can be."""
-    launch = _launch(op, rows.shape, rows.strides, rows.dtype, 1, False, None)
+    launch = _launch(op, rows.shape, rows.strides, rows.dtype, 1, False)
     if launch is None:
         return _plain.run(op, rows)
-    out = launch.allocate() if op == LOGSUMEXP else rows
-    launch.into(rows, out, 1)
+    out = np.empty(launch.shape, launch.result) if op == LOGSUMEXP else rows
+    launch.into(rows, out, threads=1)
     return out
 
 
 def _weighted(x: Array, weights: Array, result: np.dtype[Any]) -> tuple[Array, Array]:
-    """logsumexp of rows with weights, and the sign of the sum."""
+    """Logsumexp of rows with weights, and the sign of the sum."""
     hidden = weights == 0.0
     x[hidden] = -np.inf
     weights[x == -np.inf] = 0.0
@@ -579,7 +610,7 @@ def _scipy(
     keepdims: bool,
     return_sign: bool,
 ) -> Any:
-    """complex and longdouble: SciPy's own function, with the arguments that it lacks."""
+    """Complex and longdouble: SciPy's own function, with the arguments that it lacks."""
     from scipy import special
 
     with np.errstate(all="ignore"):

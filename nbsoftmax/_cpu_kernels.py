@@ -17,7 +17,6 @@ terms of item i + 1 and finishes item i (`STAGES`), so that memory and arithmeti
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import hashlib
 import logging
@@ -233,9 +232,7 @@ class Kernel:
         if self.along:
             count = self.b.sub(count, self.b.mul(j, self.int(self.panel_elements)))
         width = self.o.width
-        return [
-            self.o.live(self.b.sub(count, self.int(u * width))) for u in range(self.panel)
-        ]
+        return [self.o.live(self.b.sub(count, self.int(u * width))) for u in range(self.panel)]
 
     def at(self, base: ir.Value, j: ir.Value, row: ir.Value, u: int, size: int) -> ir.Value:
         """Address of vector u of step j, for elements of ``size`` bytes."""
@@ -271,9 +268,7 @@ class Kernel:
             yield self.int(0), [group[0] for group in groups]
             return
         kind = self.o.type
-        memory = [
-            cgutils.alloca_once(self.b, kind, size=self.int(self.sets)) for _ in groups
-        ]
+        memory = [cgutils.alloca_once(self.b, kind, size=self.int(self.sets)) for _ in groups]
         for place, group in zip(memory, groups, strict=True):
             for u, variable in enumerate(group):
                 self.b.store(variable.get().value, self.b.gep(place, [self.int(u)]))

@@ -25,7 +25,9 @@ class Format:
 
     def _memory(self, o: Emitter) -> ir.VectorType:
         if self.kind == "f":
-            element: ir.Type = {2: ir.HalfType(), 4: ir.FloatType(), 8: ir.DoubleType()}[self.itemsize]
+            element: ir.Type = {2: ir.HalfType(), 4: ir.FloatType(), 8: ir.DoubleType()}[
+                self.itemsize
+            ]
         else:
             element = ir.IntType(8 * self.itemsize)
         return ir.VectorType(element, o.width)
@@ -83,5 +85,3 @@ FORMATS = {f.name: f for f in [*_NATIVE, BFLOAT16]}
 def of(dtype: np.dtype[Any]) -> Format | None:
     """The format of a dtype in native byte order, or None where no kernel reads it."""
     return FORMATS.get(dtype.name) if dtype.isnative else None
-
-

@@ -67,14 +67,16 @@ def sum_pairs(s: Array, c: Array) -> tuple[Array, Array]:
     while s.shape[1] > 1:
         half = s.shape[1] // 2
         odd = s[:, 2 * half :], c[:, 2 * half :]
-        s, c = _scalars.merge(s[:, :half], c[:, :half], s[:, half : 2 * half], c[:, half : 2 * half])
+        s, c = _scalars.merge(
+            s[:, :half], c[:, :half], s[:, half : 2 * half], c[:, half : 2 * half]
+        )
         if odd[0].shape[1]:
             s, c = np.concatenate([s, odd[0]], 1), np.concatenate([c, odd[1]], 1)
     return s[:, 0], c[:, 0]
 
 
 def pairs(o: Operations, x: Array, weights: Array | None = None) -> tuple[Array, Array, Array]:
-    """m and the two parts of the sum of all terms but one largest, for every row."""
+    """M and the two parts of the sum of all terms but one largest, for every row."""
     m = x.max(axis=1, initial=-np.inf, where=~np.isnan(x))
     terms = _terms(o, x, m)
     one = np.ones_like(terms) if weights is None else weights

@@ -13,7 +13,8 @@ VECTOR_BYTES = 64
 @dataclass(frozen=True)
 class Limits:
     """Where one regime gives way to the next. Never a function of the number of threads: the
-    regime decides the order of summation, and results must not depend on who computes them."""
+    regime decides the order of summation, and results must not depend on who computes them.
+    """
 
     # Rows shorter than this are turned in registers, a vector's worth of rows at a time: the 80
     # cycles that the row pipeline spends on each row weigh more than two transposes.
@@ -90,7 +91,13 @@ def _across_panel(inner: int, width: int) -> int:
 
 
 def plan(
-    op: str, outer: int, n: int, inner: int, compute_itemsize: int, result_itemsize: int, native: bool
+    op: str,
+    outer: int,
+    n: int,
+    inner: int,
+    compute_itemsize: int,
+    result_itemsize: int,
+    native: bool,
 ) -> Plan:
     """The regime of an array folded to ``(outer, n, inner)``. First line that holds wins.
 
@@ -101,7 +108,9 @@ def plan(
     lane = n * compute_itemsize
     writes = 0 if op == LOGSUMEXP else outer * n * inner * result_itemsize
     past_cache = writes > limits.past_cache_bytes
-    short = limits.short_float32_elements if compute_itemsize == 4 else limits.short_float64_elements
+    short = (
+        limits.short_float32_elements if compute_itemsize == 4 else limits.short_float64_elements
+    )
     if inner > 1:
         if inner < limits.narrow_elements:
             return Plan("packed")

@@ -199,9 +199,7 @@ def rescale(o: Operations, m: Value, whole: Value) -> Value:
     return o.where((abs(m) < limit) & (abs(whole) < limit), ratio, o.const(0.0))
 
 
-def with_equals(
-    o: Operations, m: Value, count: Value, s: Value, c: Value
-) -> tuple[Value, Value]:
+def with_equals(o: Operations, m: Value, count: Value, s: Value, c: Value) -> tuple[Value, Value]:
     """The pair's sum: the terms below the largest, s + c, and all but one of the ``count`` largest.
 
     0 for an infinite m, unless the lane holds a NaN.

@@ -7,7 +7,6 @@ nor to interleave the passes over several lanes.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -105,9 +104,7 @@ class Emitter:
         return Vector(self, ir.Constant(self.type, [ir.Constant(self.element, value)] * self.width))
 
     def integers(self, value: int) -> ir.Constant:
-        return ir.Constant(
-            self.integer_type, [ir.Constant(self.integer, value)] * self.width
-        )
+        return ir.Constant(self.integer_type, [ir.Constant(self.integer, value)] * self.width)
 
     def where(self, condition: Vector, a: Vector, b: Vector) -> Vector:
         return Vector(self, self.b.select(condition.value, a.value, b.value))
@@ -131,7 +128,9 @@ class Emitter:
 
     def power_of_two(self, t: Vector) -> Vector:
         """2^k where the low bits of ``t`` are k plus the exponent bias."""
-        bits = self.b.shl(self.b.bitcast(t.value, self.integer_type), self.integers(self.real.mantissa))
+        bits = self.b.shl(
+            self.b.bitcast(t.value, self.integer_type), self.integers(self.real.mantissa)
+        )
         return Vector(self, self.b.bitcast(bits, self.type))
 
     def split_exponent(self, u: Vector) -> tuple[Vector, Vector]:
@@ -220,9 +219,7 @@ class Emitter:
         name = f"llvm.masked.load.v{kind.count}{_suffix(kind.element)}.p0"
         pointer = self.at(address, kind)
         types = [pointer.type, I32, mask.value.type, kind]
-        function = cgutils.get_or_insert_function(
-            self.b.module, ir.FunctionType(kind, types), name
-        )
+        function = cgutils.get_or_insert_function(self.b.module, ir.FunctionType(kind, types), name)
         zero = ir.Constant(kind, None)
         return self.b.call(function, [pointer, ir.Constant(I32, 1), mask.value, zero])
 
@@ -262,7 +259,10 @@ class Emitter:
 
     @contextlib.contextmanager
     def loop(self, start: ir.Value, stop: ir.Value, step: int = 1) -> Iterator[ir.Value]:
-        with cgutils.for_range_slice(self.b, start, stop, self.int64(step), I64, inc=True) as (i, _):
+        with cgutils.for_range_slice(self.b, start, stop, self.int64(step), I64, inc=True) as (
+            i,
+            _,
+        ):
             yield i
 
 
