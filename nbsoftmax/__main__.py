@@ -120,7 +120,13 @@ def _run(options: argparse.Namespace, console: Console) -> bool:
     speed: list[_timing.Speed] = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     screen = Console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), console=screen, transient=True) as progress:
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=screen,
+        transient=True,
+        disable=not screen.is_terminal,
+    ) as progress:
         for name, lanes in progress.track(inputs, description="checking"):
             accuracy.extend(_check.compare(name, lanes, wide, _check.libraries()))
         special = _check.special_values()

@@ -39,19 +39,21 @@ def softmax(
     numpy.exceptions.AxisError
         ``axis`` is out of range.
     ValueError
-        ``axis`` names an axis twice, ``where`` does not broadcast, or ``out`` has another shape or is
-        read-only.
+        ``axis`` names an axis twice, ``where`` does not broadcast, or ``out`` has another shape or
+        is read-only.
     TypeError
-        ``axis`` is no int, ``where`` not boolean, the dtype of ``x``, ``out`` or ``dtype`` not usable.
+        ``axis`` is no int, ``where`` not boolean, or a dtype not usable.
 
     Notes
     -----
     Error: at most 3 ulp of the result, for any finite input and any length up to 10**7; subnormal
-    results included.  A lane (one vector along ``axis``) that holds a NaN or +inf, or only -inf, is NaN.
+    results included.  A lane (one vector along ``axis``) that holds a NaN or +inf, or only -inf, is
+    NaN throughout.
 
-    Memory: ``x`` is read once (twice where a lane does not fit the cache) and the result written once;
-    at most one lane or tile per thread besides.  Arrays that no kernel walks as they lie, such as
-    axes that are not neighbours, byte-swapped data or ``where``, are copied a piece at a time.
+    Memory: ``x`` is read once (twice where a lane does not fit the cache) and the result written
+    once; at most one lane or tile per thread besides.  Arrays that no kernel walks as they lie,
+    such as axes that are not neighbours, byte-swapped data or ``where``, are copied a piece at a
+    time.
 
     The same input gives the same bits for every number of threads (`numba.set_num_threads`).
 
@@ -177,11 +179,11 @@ def logsumexp(
     -----
     Error: at most 1.5 ulp of ``max(|result|, max|a|)`` for positive weights.
 
-    A lane with a NaN gives NaN, one with +inf gives +inf, an empty or fully hidden one or one of -inf
-    gives -inf, for any shape and axis.
+    A lane with a NaN gives NaN, one with +inf gives +inf; an empty one, a fully hidden one and one
+    of -inf give -inf, for any shape and axis.
 
-    Memory: ``a`` is read once, and copied a piece at a time in the cases listed at `softmax` and with
-    ``b``.
+    Memory: ``a`` is read once, and copied a piece at a time in the cases listed at `softmax` and
+    with ``b``.
 
     References
     ----------

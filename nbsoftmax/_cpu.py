@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import config
 
 from . import _cpu_kernels as kernels
 from . import _formats, _plain, _plan, _pool, _scalars, _semantics
 from ._semantics import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX, Array
 
+# What applies the merged pairs of lanes that were cut into blocks.
+_LAST = {
+    SOFTMAX: kernels.APPLY_SOFTMAX,
+    LOG_SOFTMAX: kernels.APPLY_LOG_SOFTMAX,
+    LOGSUMEXP: None,
+}
 _TICKET = 16  # next chunk and items done, each on a cache line of its own
 
 
@@ -49,31 +54,25 @@ class Call:
 
 def _call(
     job: kernels.Job,
-    *,
-    outer: int,
-    n: int,
-    inner: int,
+    shape: tuple[int, int, int],
     block: int,
     item_bytes: int,
     parallel: bool,
-    **strides: int,
+    strides: dict[str, int],
 ) -> Call:
-    source = _formats.FORMATS[job.source]
-    width = _plan.VECTOR_BYTES // source.real.itemsize
+    """``job`` on an array folded to ``shape``, its lanes cut into blocks of ``block``."""
+    outer, n, inner = shape
+    itemsize = _formats.FORMATS[job.source].real.itemsize
+    width = _plan.VECTOR_BYTES // itemsize
     blocks = max(1, -(-n // block))
-    across = job.walk == "across"
-    panels = -(-inner // (job.panel * width)) if across else 1
+    panels = -(-inner // (job.panel * width)) if job.walk == "across" else 1
     items = outer * blocks * panels
-    group = width if job.walk == "short" else 1
     chunk = items
     if parallel:
+        group = width if job.walk == "short" else 1
         chunk = max(1, _plan.LIMITS.chunk_bytes // max(1, item_bytes * group)) * group
-        parallel = chunk < items
-        chunk = min(chunk, items)
     rows = block + width if job.walk == "short" else block
-    scratch = rows * job.panel * _plan.VECTOR_BYTES if job.walk != "along" else 0
-    if job.walk == "along":
-        scratch = block * source.real.itemsize + 4 * _plan.VECTOR_BYTES
+    row = itemsize if job.walk == "along" else job.panel * _plan.VECTOR_BYTES
     numbers = {
         "items": items,
         "chunk": chunk,
@@ -83,11 +82,11 @@ def _call(
         "blocks": blocks,
         "panels": panels,
         "inner": inner,
-        "scratch": scratch + 2 * _plan.VECTOR_BYTES,
+        "scratch": rows * row + 6 * _plan.VECTOR_BYTES,
         **strides,
     }
     parameters = np.array([numbers.get(name, 0) for name in kernels.PARAMETERS], np.int64)
-    return Call(kernels.compiled(job), parameters, items, parallel)
+    return Call(kernels.compiled(job), parameters, items, chunk < items)
 
 
 # -- one lane layout, remembered -------------------------------------------------------------------
@@ -145,10 +144,9 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 def _reads(dtype: np.dtype[Any]) -> bool:
     """Whether kernels read this dtype as it lies in memory."""
-    if _formats.of(dtype) is None or config.DISABLE_JIT:
+    if _formats.of(dtype) is None or not kernels.COMPILES:
         return False
-    # Half precision without the conversion instructions would call a library that is not there.
-    return dtype.name != "float16" or config.CPU_NAME is None
+    return dtype.name != "float16" or kernels.HALF_IN_HARDWARE
 
 
 @functools.lru_cache(maxsize=1024)
@@ -172,77 +170,75 @@ def _launch(
         return None
     source, target = _formats.FORMATS[dtype.name], _formats.FORMATS[result.name]
     real = source.real
-    outer, n, inner = fold.outer, fold.n, fold.inner
+    folded = outer, n, inner = fold.outer, fold.n, fold.inner
     native = source.name == target.name == real.name
     plan = _plan.plan(op, outer, n, inner, real.itemsize, result.itemsize, native)
     if plan.walk == "packed":
         return None
-    rows = plan.walk == "across"
+    across = plan.walk == "across"
+    # Along, a kernel finds the first whole vector of each row; across, all rows start on one.
     width = _plan.VECTOR_BYTES // real.itemsize * result.itemsize
-    whole_rows = fold.out_n % width == 0 and fold.out_outer % width == 0 and out_aligned
-    past_cache = plan.past_cache and plan.walk != "short" and (whole_rows or not rows)
+    whole = fold.out_n % width == 0 and fold.out_outer % width == 0 and out_aligned
+    past_cache = plan.past_cache and (whole or not across)
     parallel = outer * n * inner * real.itemsize >= _plan.LIMITS.serial_bytes
-    columns = plan.panel * _plan.VECTOR_BYTES
-    item_bytes = min(n, plan.block) * (columns if rows else real.itemsize)
+    row = plan.panel * _plan.VECTOR_BYTES if across else real.itemsize
+    item_bytes = min(n, plan.block) * row
+    x_steps = {
+        "x_outer": fold.x_outer,
+        "x_row": fold.x_n,
+        "x_block": plan.block * fold.x_n,
+    }
+    out_steps = {
+        "out_outer": fold.out_outer,
+        "out_row": fold.out_n,
+        "out_block": plan.block * fold.out_n,
+    }
+
+    def walk(op: str, result: _formats.Format, steps: dict[str, int], past: bool = False) -> Call:
+        job = kernels.Job(op, source.name, result.name, plan.walk, plan.panel, past)
+        return _call(job, folded, plan.block, item_bytes, parallel, x_steps | steps)
+
     blocks = plan.blocks(n)
-    geometry = dict(outer=outer, n=n, inner=inner, parallel=parallel, item_bytes=item_bytes)
-    x_strides = dict(
-        x_outer=fold.x_outer, x_row=fold.x_n, x_block=plan.block * fold.x_n, block=plan.block
-    )
-    out_steps = dict(
-        out_outer=fold.out_outer, out_row=fold.out_n, out_block=plan.block * fold.out_n
-    )
-    job = functools.partial(kernels.Job, walk=plan.walk, panel=plan.panel)
-    pair_shapes: tuple[tuple[int, ...], ...] = ()
+    lanes = outer * inner
+    pairs: tuple[tuple[int, ...], ...] = ()
     if blocks == 1:
-        one = job(op, source.name, target.name, past_cache=past_cache)
-        calls = [_call(one, **geometry, **x_strides, **out_steps)]
+        calls = [walk(op, target, out_steps, past_cache)]
     else:
         size = real.itemsize
-        lanes = outer * inner
-        pair_shapes = ((3, outer, blocks, inner), (3, outer, inner))
-        first = job(kernels.PAIRS, source.name, real.name)
-        ends = op == LOGSUMEXP
+        last = _LAST[op]
         merge = kernels.Job(
-            kernels.MERGE_LOGSUMEXP if ends else kernels.MERGE,
+            kernels.MERGE if last else kernels.MERGE_LOGSUMEXP,
             real.name,
-            target.name if ends else real.name,
+            real.name if last else target.name,
             "across",
             panel=1,
         )
+        merge_steps = {
+            "x_outer": blocks * inner * size,
+            "x_row": inner * size,
+            "plane": lanes * blocks * size,
+            "out_plane": lanes * size,
+        }
+        merge_bytes = 8 * blocks * _plan.VECTOR_BYTES  # as much work as so much softmax
+        pairs = ((3, outer, blocks, inner),)
         calls = [
-            _call(first, **geometry, **x_strides, out_plane=lanes * blocks * size),
-            _call(
-                merge,
-                outer=outer,
-                n=blocks,
-                inner=inner,
-                block=blocks,
-                parallel=parallel,
-                item_bytes=blocks * _plan.VECTOR_BYTES * 8,
-                x_outer=blocks * inner * size,
-                x_row=inner * size,
-                plane=lanes * blocks * size,
-                out_plane=lanes * size,
-            ),
+            walk(kernels.PAIRS, _formats.FORMATS[real.name], {"out_plane": lanes * blocks * size}),
+            _call(merge, (outer, blocks, inner), blocks, merge_bytes, parallel, merge_steps),
         ]
-        if ends:
-            pair_shapes = pair_shapes[:1]
-        else:
-            apply = {SOFTMAX: kernels.APPLY_SOFTMAX, LOG_SOFTMAX: kernels.APPLY_LOG_SOFTMAX}[op]
-            last = job(apply, source.name, target.name, past_cache=past_cache)
-            calls.append(_call(last, **geometry, **x_strides, **out_steps, plane=lanes * size))
+        if last:
+            pairs += ((3, outer, inner),)
+            calls.append(walk(last, target, out_steps | {"plane": lanes * size}, past_cache))
     kept = tuple(i for i in fold.order if op != LOGSUMEXP or i not in axes)
     order = tuple(sorted(range(len(kept)), key=lambda k: kept[k]))
     return Launch(
         calls=tuple(calls),
-        pairs=pair_shapes,
+        pairs=pairs,
         compute=np.dtype(real.name),
         result=result,
         shape=tuple(shape[i] for i in kept),
         transpose=None if order == tuple(range(len(kept))) else order,
         final_shape=_semantics.result_shape(op, shape, axes, keepdims),
-        aligned=past_cache and rows,
+        aligned=past_cache and across,
         parallel=any(call.parallel for call in calls),
     )
 
@@ -267,20 +263,23 @@ def run(
     name: str = "x",
 ) -> Any:
     """One of the three functions on one array."""
-    if type(x) is np.ndarray and (axis is None or type(axis) is int):
-        if where is None and dtype is None and b is None and not return_sign:
-            # The common call: a look-up of how, memory for the result, and the kernel.
-            if out is None:
-                launch = _launch(op, x.shape, x.strides, x.dtype, axis, bool(keepdims))
-                if launch is not None:
-                    return launch.new(x)
-            elif _takes_directly(op, x, out):
-                launch = _launch(
-                    op, x.shape, x.strides, x.dtype, axis, False, out.strides, _on_vectors(out)
-                )
-                if launch is not None and out.dtype == launch.result:
-                    launch.into(x, out)
-                    return out
+    if (
+        type(x) is np.ndarray
+        and (axis is None or type(axis) is int)
+        and (where is None and dtype is None and b is None and not return_sign)
+    ):
+        # The common call: a look-up of how, memory for the result, and the kernel.
+        if out is None:
+            launch = _launch(op, x.shape, x.strides, x.dtype, axis, bool(keepdims))
+            if launch is not None:
+                return launch.new(x)
+        elif _takes_directly(op, x, out):
+            launch = _launch(
+                op, x.shape, x.strides, x.dtype, axis, False, out.strides, _on_vectors(out)
+            )
+            if launch is not None and out.dtype == launch.result:
+                launch.into(x, out)
+                return out
     with np.errstate(all="ignore"):
         return _run(op, x, axis, where, out, dtype, b, bool(keepdims), bool(return_sign), name)
 
@@ -433,7 +432,7 @@ def _packed(
     sign: Array | None,
     result: np.dtype[Any],
 ) -> None:
-    """Lanes copied to rows a piece at a time: other strides, byte orders, dtypes, masks, weights."""
+    """Lanes copied to rows, a piece at a time: odd strides, byte orders, dtypes, masks, weights."""
     kept = tuple(i for i in range(x.ndim) if i not in axes)
     order = kept + axes
 
@@ -471,8 +470,8 @@ def _packed(
                 except IndexError:
                     return
                 try:
-                    part = [None if a is None else a[piece] for a in (x, mask, weights)]
-                    value, signs = _piece(op, part[0], part[1], part[2], n, result)
+                    part = [None if a is None else a[piece] for a in (mask, weights)]
+                    value, signs = _piece(op, x[piece], part[0], part[1], n, result)
                     out[piece] = value.reshape(out[piece].shape)
                     if sign is not None and signs is not None:
                         sign[piece] = signs.reshape(sign[piece].shape)
@@ -573,7 +572,7 @@ def _weighted(x: Array, weights: Array, result: np.dtype[Any]) -> tuple[Array, A
 
 def _weighted_pairs(x: Array, weights: Array) -> tuple[Array, Array, Array]:
     lanes, n = x.shape
-    if config.DISABLE_JIT:
+    if not kernels.COMPILES:
         return _plain.pairs(_plain.operations(_scalars.WEIGHTED["float64"]), x, weights)
     call = _weighted_call(lanes, n)
     pairs = np.empty((3, lanes), np.float64)
@@ -584,17 +583,7 @@ def _weighted_pairs(x: Array, weights: Array) -> tuple[Array, Array, Array]:
 @functools.lru_cache(maxsize=64)
 def _weighted_call(lanes: int, n: int) -> Call:
     job = kernels.Job(kernels.PAIRS, "float64", "float64", "along", weighted=True)
-    return _call(
-        job,
-        outer=lanes,
-        n=n,
-        inner=1,
-        block=n,
-        item_bytes=8 * n,
-        parallel=False,
-        x_outer=8 * n,
-        out_plane=8 * lanes,
-    )
+    return _call(job, (lanes, n, 1), n, 8 * n, False, {"x_outer": 8 * n, "out_plane": 8 * lanes})
 
 
 # -- dtypes that only SciPy knows -----------------------------------------------------------------

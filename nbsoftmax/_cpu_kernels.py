@@ -1,15 +1,16 @@
 """The kernels: lanes walked by vectors, several lanes in flight, compiled by Numba on first use.
 
-Every array is seen as ``(outer, n, inner)``, the lane in the middle.  A *panel* is four vectors side
-by side.  **Along**: the lane itself is contiguous (inner = 1), a panel is four vectors of one lane and
-the walk goes on by panels.  **Across**: the elements of a vector are neighbouring lanes, and the walk
-goes on by rows.  The two differ in the stride of the walk and in whether the panel's sums are joined
-at the end; all else is one code.
+Every array is seen as ``(outer, n, inner)``, the lane in the middle.  A *panel* is up to four
+vectors side by side.  **Along**: the lane itself is contiguous (inner = 1), a panel is four vectors
+of one lane and the walk goes on by panels.  **Across**: the elements of a vector are neighbouring
+lanes, and the walk goes on by rows.  The two differ in the stride of the walk and in whether the
+panel's sums are joined at the end; all else is one code.  **Short** rows are turned into columns of
+a tile in registers, walked across, and turned back.
 
 A lane may be cut into *blocks* of fixed length: then one call makes the pairs ``(m, s, c)`` of all
-blocks, and after they are merged another one applies the result.  The work list is
-``item = (outer, block, panel)``; what one item computes never depends on the others, nor on who runs
-them, so results are the same bits for every number of threads.
+blocks, a second merges them, and a third applies the result.  The work list is
+``item = (outer, block, panel)``; what one item computes never depends on the others, nor on who
+runs them, so results are the same bits for every number of threads.
 
 x is read from memory once and out written once: one loop takes the maximum of item i + 2, sums the
 terms of item i + 1 and finishes item i (`STAGES`), so that memory and arithmetic overlap.
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
-from numba import njit
+from numba import config, njit
 from numba.core import cgutils, types
 from numba.core.registry import cpu_target
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
@@ -40,6 +41,11 @@ log = logging.getLogger(__name__)
 
 PREFETCH_BYTES = 4096  # ahead of the walk: memory latency at full bandwidth, measured 4-16 KB alike
 PREFETCH_ROWS = 8
+
+COMPILES = not config.DISABLE_JIT
+# Without the conversion instructions LLVM would call a library that is not there. A processor named
+# by the user may lack them.
+HALF_IN_HARDWARE = config.CPU_NAME is None
 
 PAIRS, MERGE, MERGE_LOGSUMEXP = "pairs", "merge", "merge_logsumexp"
 APPLY_SOFTMAX, APPLY_LOG_SOFTMAX = "apply_softmax", "apply_log_softmax"
@@ -263,7 +269,7 @@ class Kernel:
 
     @contextlib.contextmanager
     def each_set(self, *groups: list[Variable]) -> Iterator[tuple[ir.Value, list[Variable]]]:
-        """A run-time loop over the states of a panel, so that what is done to each is written once."""
+        """A run-time loop over the states of a panel: what is done to each is compiled once."""
         if self.sets == 1:
             yield self.int(0), [group[0] for group in groups]
             return
@@ -287,7 +293,6 @@ class Kernel:
 
     def walk(self, stages: "list[Stage]") -> None:
         """All steps of the stages' items: together while none needs a mask, then each alone."""
-        b = self.b
         common = functools.reduce(self.smaller, [stage.range.full for stage in stages])
         with self.o.loop(self.int(0), common) as j:
             for stage in stages:
@@ -826,9 +831,9 @@ def compiled(job: Job) -> Any:
 
 
 def _from_disk(signature: tuple[types.Type, ...]) -> Any:
-    """The cached kernel without Numba's own loading, which first imports all that njit code may use.
+    """The cached kernel, without waiting for all that other compiled code may use.
 
-    Those 0.3 s (scipy.linalg among them) are for functions that a kernel never calls.
+    Numba's own way first imports it, scipy.linalg included: 0.3 s for functions no kernel calls.
     """
     try:
         found = _DISPATCHER._cache._load_overload(signature, cpu_target.target_context)

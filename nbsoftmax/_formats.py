@@ -1,4 +1,4 @@
-"""How numbers lie in memory: each format's vector load and store, and the format it is computed in."""
+"""How numbers lie in memory: each format's load and store, and what it is computed in."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 from llvmlite import ir
 
 from . import _scalars
-from ._simd import Emitter, Vector
+from ._simd import FLOATS, Emitter, Vector
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,7 @@ class Format:
         return _scalars.FLOAT32 if self.kind in "fV" and self.itemsize < 8 else _scalars.FLOAT64
 
     def _memory(self, o: Emitter) -> ir.VectorType:
-        if self.kind == "f":
-            element: ir.Type = {2: ir.HalfType(), 4: ir.FloatType(), 8: ir.DoubleType()}[
-                self.itemsize
-            ]
-        else:
-            element = ir.IntType(8 * self.itemsize)
+        element = FLOATS[self.name] if self.kind == "f" else ir.IntType(8 * self.itemsize)
         return ir.VectorType(element, o.width)
 
     def load(

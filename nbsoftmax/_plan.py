@@ -1,4 +1,4 @@
-"""The regimes as data: which kernel walks a folded array, in what pieces. Integers in, a record out."""
+"""The regimes as data: which kernel walks a folded array, in what pieces."""
 
 import contextlib
 import dataclasses
@@ -12,8 +12,10 @@ VECTOR_BYTES = 64
 
 @dataclass(frozen=True)
 class Limits:
-    """Where one regime gives way to the next. Never a function of the number of threads: the
-    regime decides the order of summation, and results must not depend on who computes them.
+    """Where one regime gives way to the next.
+
+    Never a function of the number of threads: the regime decides the order of summation, and
+    results must not depend on who computes them.
     """
 
     # Rows shorter than this are turned in registers, a vector's worth of rows at a time: the 80

@@ -35,7 +35,7 @@ def thread_count() -> int:
     layer = sys.modules.get("numba.np.ufunc.parallel")
     if layer is None or not getattr(layer, "_is_initialized", True):
         # Nobody set a number yet, and asking would start Numba's own threads.
-        return int(config.NUMBA_NUM_THREADS)
+        return int(config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     return int(get_num_threads())
 
 
@@ -67,8 +67,8 @@ def share(
 ) -> None:
     """Run ``work`` here and in up to ``threads - 1`` helpers, until ``finished()``.
 
-    ``work`` takes parts of the job until none is left. If it is interrupted here (Ctrl-C), ``cancel``
-    leaves no part to take.
+    ``work`` takes parts of the job until none is left. If it is interrupted here (Ctrl-C),
+    ``cancel`` leaves no part to take.
     """
     if _helpers < threads - 1:
         _hire(threads - 1)

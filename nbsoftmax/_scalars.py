@@ -1,15 +1,15 @@
 """The mathematics of softmax on one page, written once for every machine that runs it.
 
-The terms of a lane (one vector along the reduced axis) are ``e^(x_i - shift)`` times a power of two,
-both fixed by ``m = max x_i`` in `scale`.  The lane is summarised by the pair ``(m, s + c)``: its
-maximum and the sum of all terms but one largest.  A sum is kept in two parts: ``c`` collects what
-rounding took from ``s``.  Kernels only decide in which order numbers meet.
+The terms of a lane (one vector along the reduced axis) are ``e^(x_i - shift)`` times a power of
+two, both fixed by ``m = max x_i`` in `scale`.  The lane is summarised by the pair ``(m, s + c)``:
+its maximum and the sum of all terms but one largest.  A sum is kept in two parts: ``c`` collects
+what rounding took from ``s``.  Kernels only decide in which order numbers meet.
 
 Two ideas carry the accuracy:
 
 * The maximum enters as an integer exponent and is never subtracted (unless it is so large that
-  ``x * log2(e)`` has no fraction bits left), so ``x - m`` is not rounded.  The bias keeps small terms
-  normal numbers: a result underflows once, gradually, in the last multiplication.
+  ``x * log2(e)`` has no fraction bits left), so ``x - m`` is not rounded.  The bias keeps small
+  terms normal numbers: a result underflows once, gradually, in the last multiplication.
 * The largest terms are counted, not summed, and the logarithm is taken of ``1 + rest``: so a lane
   dominated by one element keeps its small part.  (softmax needs the whole sum and skips this.)
 
@@ -138,7 +138,7 @@ def scale(o: Operations, m: Value) -> Scale:
 
 
 def horner(o: Operations, x: Value, coefficients: tuple[float, ...]) -> Value:
-    """``coefficients[0] + coefficients[1] x + ...``"""
+    """``coefficients[0] + coefficients[1] x + ...``."""
     total = o.const(coefficients[-1])
     for c in reversed(coefficients[:-1]):
         total = o.fma(total, x, o.const(c))
@@ -190,7 +190,7 @@ def merge(s: Value, c: Value, s2: Value, c2: Value) -> tuple[Value, Value]:
 
 
 def rescale(o: Operations, m: Value, whole: Value) -> Value:
-    """What turns a sum scaled for ``m`` into one scaled for ``whole >= m``; 0 if either is infinite.
+    """What turns a sum scaled for ``m`` into one scaled for ``whole``; 0 if either is infinite.
 
     A power of two, and so without rounding, unless one of the two scales has a shift.
     """
@@ -281,6 +281,6 @@ def logsumexp(o: Operations, m: Value, s: Value, c: Value) -> Value:
     """The lane's logsumexp from its pair."""
     log, low = log_sum(o, m, s, c)
     total, rest = two_sum(m, log)
-    # An infinite maximum is its own answer (inf - inf inside two_sum is NaN), unless the sum is NaN.
+    # An infinite maximum is its own answer unless the sum is NaN; two_sum would make inf - inf.
     infinite = (abs(m) == o.const(float("inf"))) & (s == s)
     return o.where(infinite, m, total + (rest + low))

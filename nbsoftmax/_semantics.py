@@ -35,7 +35,7 @@ def normalize_axis(axis: Any, ndim: int) -> tuple[int, ...]:
 def real_dtype(dtype: np.dtype[Any], name: str) -> np.dtype[Any] | None:
     """The dtype that an argument of this dtype is computed as; None if only SciPy can."""
     if dtype.kind == "f" and dtype.itemsize <= 8:
-        return dtype if dtype.isnative else dtype.newbyteorder("=")
+        return np.dtype(dtype.name)
     if dtype.kind in "biu":
         return np.dtype(np.float64)
     if dtype.name == "bfloat16":
@@ -48,7 +48,7 @@ def real_dtype(dtype: np.dtype[Any], name: str) -> np.dtype[Any] | None:
 def chosen_dtype(dtype: Any) -> np.dtype[Any]:
     """The argument ``dtype``, checked."""
     try:
-        chosen = np.dtype(dtype)
+        chosen: np.dtype[Any] = np.dtype(dtype)
     except TypeError as error:
         raise TypeError(f"dtype is not a dtype: {error}") from None
     if chosen.name not in FLOATS or not chosen.isnative:
@@ -132,7 +132,7 @@ def fold(
     itemsize: int,
     out_itemsize: int,
 ) -> Fold | None:
-    """The fold that needs no copy, or None. Without ``out_strides`` the result has yet to be made."""
+    """The fold that needs no copy, or None. ``out_strides`` is None for a result yet to be made."""
     natural = tuple(range(len(shape)))
     by_stride = tuple(sorted(natural, key=lambda i: -abs(strides[i])))
     for order in dict.fromkeys((natural, by_stride)):

@@ -1,4 +1,4 @@
-"""The mathematics compiled: vectors of one full register, written to LLVM through Numba's intrinsics.
+"""The mathematics compiled: vectors of one full register as LLVM instructions.
 
 A vector always holds 64 bytes of numbers; LLVM splits it on hardware with narrower registers.
 Explicit vectors and not Numba's auto-vectoriser, which can neither be told to store past the cache
@@ -84,7 +84,7 @@ class Variable:
 
 
 class Emitter:
-    """What `_scalars` asks of a machine, as LLVM instructions, and the memory operations of kernels."""
+    """What `_scalars` asks of a machine, and what kernels ask of its memory."""
 
     def __init__(self, builder: ir.IRBuilder, real: _scalars.Real) -> None:
         self.b = builder
