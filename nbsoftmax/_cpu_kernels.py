@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 PREFETCH_BYTES = 4096  # ahead of the walk: memory latency at full bandwidth, measured 4-16 KB alike
 PREFETCH_ROWS = 8
+CACHE_LINE_BYTES = 64
 
 COMPILES = not config.DISABLE_JIT
 # Without the conversion instructions LLVM would call a library that is not there. A processor named
@@ -170,6 +171,8 @@ class Kernel:
         self.panel = job.panel
         self.panel_elements = job.panel * self.o.width
         self.sets = 1 if self.along else job.panel  # states that stay separate to the end
+        # Along, two sums hide each other's latency, and more would not stay in registers.
+        self.sums = 2 if self.along else job.panel
 
     def int(self, value: int) -> ir.Constant:
         return ir.Constant(I64, value)
@@ -295,8 +298,7 @@ class Kernel:
         """All steps of the stages' items: together while none needs a mask, then each alone."""
         common = functools.reduce(self.smaller, [stage.range.full for stage in stages])
         with self.o.loop(self.int(0), common) as j:
-            for stage in stages:
-                stage.prefetch(j)
+            stages[0].prefetch(j)
             # Last stage first: it reads the scratch that the stage before it fills.
             for stage in reversed(stages):
                 for u in range(self.panel):
@@ -445,7 +447,13 @@ class Stage:
         self.range = self.k.range(item)
 
     def prefetch(self, j: ir.Value) -> None:
-        pass
+        """Called for the first stage, which reads x from memory; the others find it in cache."""
+        k = self.k
+        lines = max(1, k.panel * k.o.width * k.source.itemsize // CACHE_LINE_BYTES)
+        ahead = k.int(PREFETCH_BYTES) if k.along else k.b.mul(k.x_row, k.int(PREFETCH_ROWS))
+        start = k.b.add(k.x_at(self.range, j, 0), ahead)
+        for line in range(lines):
+            self.o.prefetch(k.b.add(start, k.int(CACHE_LINE_BYTES * line)))
 
     def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
         raise NotImplementedError
@@ -455,11 +463,11 @@ class Stage:
 
 
 class Maximum(Stage):
-    """m of the lane; the only stage that reads x from memory, so the one that prefetches."""
+    """m of the lane."""
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
-        self.parts = kernel.variables(kernel.panel)
+        self.parts = kernel.variables(kernel.sums)
         self.m = kernel.m = kernel.variables(kernel.sets)  # of the item that just passed
 
     def enter(self, item: Item) -> None:
@@ -467,17 +475,10 @@ class Maximum(Stage):
         for part in self.parts:
             part.set(self.o.const(-float("inf")))
 
-    def prefetch(self, j: ir.Value) -> None:
-        k = self.k
-        lines = max(1, k.panel * VECTOR_BYTES * k.source.itemsize // k.o.real.itemsize // 64)
-        ahead = k.int(PREFETCH_BYTES) if k.along else k.b.mul(k.x_row, k.int(PREFETCH_ROWS))
-        start = k.b.add(k.x_at(self.range, j, 0), ahead)
-        for line in range(lines):
-            self.o.prefetch(k.b.add(start, k.int(64 * line)))
-
     def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
         x = self.k.load_x(self.range, j, u, mask)
-        self.parts[u].set(self.o.larger(x, self.parts[u].get()))
+        part = self.parts[u % self.k.sums]
+        part.set(self.o.larger(x, part.get()))
 
     def leave(self) -> None:
         if self.k.along:
@@ -497,9 +498,9 @@ class Sum(Stage):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
         self.m = kernel.variables(kernel.sets)
-        self.count = kernel.variables(kernel.panel)
-        self.s = kernel.variables(kernel.panel)
-        self.c = kernel.variables(kernel.panel)
+        self.count = kernel.variables(kernel.sets)
+        self.s = kernel.variables(kernel.sums)
+        self.c = kernel.variables(kernel.sums)
 
     def enter(self, item: Item) -> None:
         super().enter(item)
@@ -527,10 +528,12 @@ class Sum(Stage):
             if mask is not None:
                 largest = largest & mask
             term = o.where(largest, zero, term)
-            self.count[u].set(self.count[u].get() + o.where(largest, one, zero))
-        s, c = _scalars.add(self.s[u].get(), self.c[u].get(), term)
-        self.s[u].set(s)
-        self.c[u].set(c)
+            count = self.count[u % k.sets]
+            count.set(count.get() + o.where(largest, one, zero))
+        part = u % k.sums
+        s, c = _scalars.add(self.s[part].get(), self.c[part].get(), term)
+        self.s[part].set(s)
+        self.c[part].set(c)
 
     def leave(self) -> None:
         k, o = self.k, self.o
@@ -541,8 +544,7 @@ class Sum(Stage):
             self.s[0].set(s)
             self.c[0].set(c)
             if self.counts_largest:
-                count = functools.reduce(Vector.__add__, [part.get() for part in self.count])
-                self.count[0].set(o.sum_of_elements(count, o.const(0.0))[0])
+                self.count[0].set(o.sum_of_elements(self.count[0].get(), o.const(0.0))[0])
         with k.each_set(self.m, self.count, self.s, self.c) as (u, (m, count, s, c)):
             if self.counts_largest:
                 s2, c2 = _scalars.with_equals(o, m.get(), count.get(), s.get(), c.get())
