@@ -434,6 +434,7 @@ def _packed(
 ) -> None:
     """Lanes copied to rows, a piece at a time: odd strides, byte orders, dtypes, masks, weights."""
     kept = tuple(i for i in range(x.ndim) if i not in axes)
+    kept_shape = tuple(x.shape[i] for i in kept)
     order = kept + axes
 
     def lanes(a: Array | None) -> Array | None:
@@ -444,7 +445,7 @@ def _packed(
             return None
         if op != LOGSUMEXP:
             return a.transpose(order)
-        return a.reshape([x.shape[i] for i in kept]) if a.ndim == x.ndim else a
+        return a.reshape(kept_shape)  # without the axes that keepdims keeps
 
     if op == LOGSUMEXP and not out.flags.c_contiguous:
         made = np.empty(out.shape, out.dtype)
@@ -457,7 +458,7 @@ def _packed(
     for size in x.shape[len(kept) :]:
         n *= size
     wide = 8 if weights is not None else max(4, result.itemsize)
-    pieces = deque(_pieces(x.shape[: len(kept)], n * wide))
+    pieces = deque(_pieces(kept_shape, n * wide))
     count = len(pieces)
     done: list[None] = []
     errors: list[BaseException] = []

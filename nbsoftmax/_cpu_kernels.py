@@ -821,7 +821,7 @@ def sources() -> str:
     kernel's own file imports, and would go on running the old binary.
     """
     here = Path(__file__).parent
-    names = ("_cpu_kernels.py", "_formats.py", "_scalars.py", "_simd.py")
+    names = ("_cpu_kernels.py", "_formats.py", "_scalars.py", "_semantics.py", "_simd.py")
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()[:16]
 
 
@@ -848,6 +848,11 @@ def _from_disk(signature: tuple[types.Type, ...]) -> Any:
 def _compile(signature: tuple[types.Type, ...]) -> Any:
     try:
         return _DISPATCHER.compile(signature)
-    except OSError:  # the kernel is fine, but the cache folder is full or gone
-        log.debug("the kernel cannot be cached", exc_info=True)
+    except Exception:
+        log.debug("the kernel cache is damaged, full or gone", exc_info=True)
+    try:
+        _DISPATCHER._cache.flush()
+        return _DISPATCHER.compile(signature)
+    except Exception:
+        log.debug("the kernel is compiled for this process alone", exc_info=True)
         return njit(nogil=True)(_kernel).compile(signature)

@@ -5,6 +5,7 @@ forked child.  Here the calling thread works too and never waits for a helper th
 so nothing can hang; a forked child starts with no helpers and hires its own.
 """
 
+import contextlib
 import os
 import queue
 import sys
@@ -52,14 +53,18 @@ def _help(jobs: "queue.SimpleQueue[list[Work]]") -> None:
 
 def _hire(count: int) -> None:
     global _helpers
-    with _hiring:
+    # Never wait here: a signal handler may call us while its own thread is hiring.
+    if not _hiring.acquire(blocking=False):
+        return
+    try:
         while _helpers < count:
             name = f"nbsoftmax-{_helpers + 1}"
-            try:
-                threading.Thread(target=_help, args=(_jobs,), name=name, daemon=True).start()
-            except RuntimeError:  # the system or a closing interpreter gives no more threads
-                return
+            threading.Thread(target=_help, args=(_jobs,), name=name, daemon=True).start()
             _helpers += 1
+    except RuntimeError:  # the system or a closing interpreter gives no more threads
+        pass
+    finally:
+        _hiring.release()
 
 
 def share(
@@ -68,11 +73,20 @@ def share(
     """Run ``work`` here and in up to ``threads - 1`` helpers, until ``finished()``.
 
     ``work`` takes parts of the job until none is left. If it is interrupted here (Ctrl-C),
-    ``cancel`` leaves no part to take.
+    ``cancel`` leaves no part to take, and the helpers that took one are waited for: nothing is
+    written any more when the caller sees the exception.
     """
     if _helpers < threads - 1:
         _hire(threads - 1)
-    offer = [work] * (threads - 1)
+    ended: list[None] = []
+
+    def helping() -> None:
+        try:
+            work()
+        finally:
+            ended.append(None)
+
+    offer: list[Work] = [helping] * (threads - 1)
     try:
         for _ in range(threads - 1):
             _jobs.put(offer)
@@ -81,6 +95,13 @@ def share(
             time.sleep(0)
     except BaseException:
         cancel()
+        taken = threads - 1
+        with contextlib.suppress(IndexError):
+            while True:
+                offer.pop()
+                taken -= 1
+        while len(ended) < taken:
+            time.sleep(0)
         raise
     finally:
         offer.clear()
