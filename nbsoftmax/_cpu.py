@@ -25,11 +25,14 @@ _TICKET = 16  # next chunk and items done, each on a cache line of its own
 # -- one kernel call ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+Kernel = Callable[[Array, Array, Array | None, Array, Array | None], object]
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """A kernel and the numbers it is told, for arrays of one geometry."""
 
-    kernel: Callable[..., object]
+    kernel: Kernel
     parameters: Array
     items: int
     parallel: bool
@@ -92,7 +95,7 @@ def _call(
 # -- one lane layout, remembered -------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Launch:
     """All that is known before the data: made once for each shape, strides, dtype and axis."""
 
@@ -105,12 +108,12 @@ class Launch:
     final_shape: tuple[int, ...]
     aligned: bool  # the result must lie on whole vectors
     parallel: bool
+    small: Kernel | None  # the one kernel, if it runs in this thread
 
     def new(self, x: Array) -> Any:
         """The result as the caller sees it; a full reduction is a scalar."""
-        out = (
-            _aligned(self.shape, self.result) if self.aligned else np.empty(self.shape, self.result)
-        )
+        make = _aligned if self.aligned else np.empty
+        out: Array = make(self.shape, self.result)
         self.into(x, out)
         if self.transpose is not None:
             out = out.transpose(self.transpose)
@@ -118,16 +121,19 @@ class Launch:
             out = out.reshape(self.final_shape)
         return out if self.final_shape else out[()]
 
-    def into(self, x: Array, out: Array, threads: int | None = None) -> None:
+    def into(self, x: Array, out: Array) -> None:
         """Fill ``out``, whose strides are those that this was made for."""
-        if threads is None:
-            threads = _pool.thread_count() if self.parallel else 1
-        if len(self.calls) == 1:
-            self.calls[0](x, out, None, threads)
+        if self.small is not None:
+            self.small(x, out, None, self.calls[0].parameters, None)
             return
+        self.with_threads(x, out, _pool.thread_count() if self.parallel else 1)
+
+    def with_threads(self, x: Array, out: Array, threads: int) -> None:
+        """`into` with a number of threads."""
         made = [np.empty(shape, self.compute) for shape in self.pairs]
+        sources = [x, *made[:1], x]
         for call, source, target, pairs in zip(
-            self.calls, [x, *made[:1], x], [*made, out], [None, None, made[-1]], strict=False
+            self.calls, sources, [*made, out], [None, None, *made[1:]], strict=False
         ):
             call(source, target, pairs, threads)
 
@@ -230,6 +236,7 @@ def _launch(
             calls.append(walk(last, target, out_steps | {"plane": lanes * size}, past_cache))
     kept = tuple(i for i in fold.order if op != LOGSUMEXP or i not in axes)
     order = tuple(sorted(range(len(kept)), key=lambda k: kept[k]))
+    in_parallel = any(call.parallel for call in calls)
     return Launch(
         calls=tuple(calls),
         pairs=pairs,
@@ -239,7 +246,8 @@ def _launch(
         transpose=None if order == tuple(range(len(kept))) else order,
         final_shape=_semantics.result_shape(op, shape, axes, keepdims),
         aligned=past_cache and across,
-        parallel=any(call.parallel for call in calls),
+        parallel=in_parallel,
+        small=None if in_parallel or len(calls) > 1 else calls[0].kernel,
     )
 
 
@@ -286,14 +294,12 @@ def run(
 
 def _takes_directly(op: str, x: Array, out: Any) -> bool:
     """Whether out is a plain array that a kernel can fill with softmax while it reads x."""
-    return (
-        op != LOGSUMEXP
-        and type(out) is np.ndarray
-        and out.shape == x.shape
-        and out.flags.writeable
-        and (out is x or not np.may_share_memory(out, x))
-        and not _repeats(out)
-    )
+    if op == LOGSUMEXP or type(out) is not np.ndarray or out.shape != x.shape:
+        return False
+    flags = out.flags
+    if not flags.writeable or (0 in out.strides and _repeats(out)):
+        return False
+    return out is x or not np.may_share_memory(out, x)
 
 
 def _on_vectors(out: Array) -> bool:
@@ -540,7 +546,7 @@ def _rows(op: str, rows: Array) -> Array:
     if launch is None:
         return _plain.run(op, rows)
     out = np.empty(launch.shape, launch.result) if op == LOGSUMEXP else rows
-    launch.into(rows, out, threads=1)
+    launch.with_threads(rows, out, 1)
     return out
 
 
