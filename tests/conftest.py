@@ -1,0 +1,110 @@
+"""Fixtures: the backends that keep the contract, and the regimes that a backend has."""
+
+from __future__ import annotations
+
+import contextlib
+from enum import Enum
+
+import numpy as np
+import pytest
+
+import nbsoftmax
+
+from . import cases
+
+
+class Backend(Enum):
+    """Who computes. A value is `library` or `library:variant`.
+
+    A test takes the fixture `backend` and calls it with the function's name, the input and the
+    keywords; arrays go in and come out as NumPy's, whatever the backend computes on. A deviation
+    from the contract is a mark on the test, with its reason::
+
+        @pytest.mark.skip_backend(Backend.X, reason="...")
+        @pytest.mark.xfail_backend(Backend.X, reason="...")
+    """
+
+    NUMPY = "numpy"
+    NUMPY_READONLY = "numpy:readonly"
+
+    @classmethod
+    def libraries(cls):
+        """One backend for each library: no variants."""
+        return [backend for backend in cls if ":" not in backend.value]
+
+    def put(self, array):
+        """A NumPy array as this backend's, with the same strides where it has strides."""
+        if self is Backend.NUMPY_READONLY and isinstance(array, np.ndarray):
+            array = array.view()
+            array.flags.writeable = False
+        return array
+
+    def get(self, result):
+        """This backend's result as NumPy's."""
+        return result
+
+    def __call__(self, op, x, *args, out=None, **kwargs):
+        inputs = {"x": x, **{name: kwargs[name] for name in ("where", "b") if name in kwargs}}
+        before = {name: _bytes(value) for name, value in inputs.items()}
+        for name in ("where", "b"):
+            if name in kwargs:
+                kwargs[name] = self.put(kwargs[name])
+        if out is not None:
+            kwargs["out"] = out
+        result = self.get(getattr(nbsoftmax, op)(self.put(x), *args, **kwargs))
+        for name, value in inputs.items():
+            if not (isinstance(value, np.ndarray) and np.may_share_memory(value, out)):
+                assert _bytes(value) == before[name], f"{op} wrote to {name}"
+        return result
+
+
+def _bytes(value):
+    return value.tobytes() if isinstance(value, np.ndarray) and value.dtype != object else None
+
+
+# For tests that take long: numbers do not depend on the variant.
+each_library = pytest.mark.parametrize(
+    "backend", Backend.libraries(), indirect=True, ids=lambda backend: backend.value
+)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "skip_backend(*backends, reason): no such thing there")
+    config.addinivalue_line("markers", "xfail_backend(*backends, reason): a stated deviation")
+
+
+@pytest.fixture(params=list(Backend), ids=lambda backend: backend.value)
+def backend(request):
+    """Each backend in turn, less those that the test is marked to skip."""
+    for mark in request.node.iter_markers("skip_backend"):
+        if request.param in _backends_of(mark):
+            pytest.skip(mark.kwargs["reason"])
+    for mark in request.node.iter_markers("xfail_backend"):
+        if request.param in _backends_of(mark):
+            reason = mark.kwargs["reason"]
+            request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    return request.param
+
+
+def _backends_of(mark):
+    if not mark.args or set(mark.kwargs) != {"reason"}:
+        raise pytest.UsageError(f"{mark.name} takes backends and reason=")
+    for which in mark.args:
+        Backend(which)  # ValueError for anything else
+    return mark.args
+
+
+@pytest.fixture(params=cases.REGIMES)
+def regime(request):
+    """Each regime in turn, by thresholds low enough that small inputs meet it."""
+    with using(request.param):
+        yield request.param
+
+
+@contextlib.contextmanager
+def using(name):
+    """The thresholds of one regime of `cases.REGIMES`."""
+    from nbsoftmax import _plan
+
+    with _plan.using(**cases.REGIMES[name]):
+        yield
