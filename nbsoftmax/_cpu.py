@@ -68,12 +68,14 @@ def _call(
     itemsize = _formats.FORMATS[job.source].real.itemsize
     width = _plan.VECTOR_BYTES // itemsize
     blocks = max(1, -(-n // block))
-    panels = -(-inner // (job.panel * width)) if job.walk == "across" else 1
+    panels = 1
+    if job.walk == "across":
+        panels = -(-inner // (job.panel * width)) + strides.get("shifted", 0)
     items = outer * blocks * panels
     chunk = items
     if parallel:
         group = width if job.walk == "short" else 1
-        chunk = max(1, _plan.LIMITS.chunk_bytes // max(1, item_bytes * group)) * group
+        chunk = _plan.chunk_items(items, item_bytes, group, _pool.most_threads())
     rows = block + width if job.walk == "short" else block
     row = itemsize if job.walk == "along" else job.panel * _plan.VECTOR_BYTES
     numbers = {
@@ -182,10 +184,15 @@ def _launch(
     if plan.walk == "packed":
         return None
     across = plan.walk == "across"
-    # Along, a kernel finds the first whole vector of each row; across, all rows start on one.
-    width = _plan.VECTOR_BYTES // real.itemsize * result.itemsize
-    whole = fold.out_n % width == 0 and fold.out_outer % width == 0 and out_aligned
-    past_cache = plan.past_cache and (whole or not across)
+    # Stores past the cache want whole vectors. Along, a kernel finds the first one of each row;
+    # across, it can do so if all rows start alike.
+    width = _plan.VECTOR_BYTES // real.itemsize
+    steps, size = (fold.out_n, fold.out_outer), result.itemsize
+    if op == LOGSUMEXP:
+        steps, size = (fold.x_n, fold.x_outer), dtype.itemsize
+    alike = all(step % (width * size) == 0 for step in steps)
+    shifted = across and alike and inner >= 4 * plan.panel * width
+    past_cache = plan.past_cache and (not across or (alike and (shifted or out_aligned)))
     parallel = outer * n * inner * real.itemsize >= _plan.LIMITS.serial_bytes
     row = plan.panel * _plan.VECTOR_BYTES if across else real.itemsize
     item_bytes = min(n, plan.block) * row
@@ -193,6 +200,7 @@ def _launch(
         "x_outer": fold.x_outer,
         "x_row": fold.x_n,
         "x_block": plan.block * fold.x_n,
+        "shifted": int(shifted),
     }
     out_steps = {
         "out_outer": fold.out_outer,
@@ -245,7 +253,7 @@ def _launch(
         shape=tuple(shape[i] for i in kept),
         transpose=None if order == tuple(range(len(kept))) else order,
         final_shape=_semantics.result_shape(op, shape, axes, keepdims),
-        aligned=past_cache and across,
+        aligned=past_cache,
         parallel=in_parallel,
         small=None if in_parallel or len(calls) > 1 else calls[0].kernel,
     )

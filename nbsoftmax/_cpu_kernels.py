@@ -75,6 +75,7 @@ PARAMETERS = (
     "blocks",
     "panels",
     "inner",
+    "shifted",  # whether the first panel ends where the array's whole vectors begin
     "x_outer",
     "x_block",
     "x_row",
@@ -132,7 +133,6 @@ ADDRESS = Address()
 
 @dataclass
 class Item:
-    active: ir.Value
     x: ir.Value
     out: ir.Value
     lane: ir.Value  # index of the first of its results, in elements
@@ -195,7 +195,7 @@ class Kernel:
         rest = b.udiv(index, self.panels)
         block = b.urem(rest, self.blocks)
         outer = b.udiv(rest, self.blocks)
-        first = b.mul(panel, self.int(self.panel_elements))
+        first, columns = self.columns(panel)
 
         def address(base: ir.Value, by_outer: ir.Value, by_block: ir.Value, size: int) -> ir.Value:
             base = b.add(base, b.add(b.mul(outer, by_outer), b.mul(block, by_block)))
@@ -205,18 +205,35 @@ class Kernel:
         lane = b.add(b.mul(rest, self.inner), first)
         if self.job.op.startswith("apply"):  # results of the whole lane, not of its blocks
             lane = b.add(b.mul(outer, self.inner), first)
-        columns = self.int(1)
-        if not self.along:
-            columns = self.smaller(b.sub(self.inner, first), self.int(self.panel_elements))
+        some = b.and_(active, b.icmp_signed(">", columns, self.int(0)))
         return Item(
-            active=active,
             x=address(self.x, self.x_outer, self.x_block, self.source.itemsize),
             out=address(self.out, self.out_outer, self.out_block, self.result.itemsize),
             lane=lane,
             columns=columns,
             results=b.select(active, columns, self.int(0)),
-            length=b.select(active, length, self.int(0)),
+            length=b.select(some, length, self.int(0)),
         )
+
+    def columns(self, panel: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The first lane of a panel and how many there are, 0 or less for none.
+
+        Panels may start anywhere: each lane is summed by itself. So they are laid where the array
+        that moves most, out or else x, has whole vectors.
+        """
+        if self.along:
+            return self.int(0), self.int(1)
+        b = self.b
+        most, size = self.out, self.result.itemsize
+        if self.writes_lanes:
+            most, size = self.x, self.source.itemsize
+        vector = self.o.width * size
+        lead = b.lshr(b.and_(most, self.int(vector - 1)), self.int(size.bit_length() - 1))
+        lead = b.mul(lead, self.shifted)
+        width = self.int(self.panel_elements)
+        start = b.sub(b.mul(panel, width), lead)
+        first = self.clipped(start)
+        return first, b.sub(self.smaller(b.add(start, width), self.inner), first)
 
     def range(self, item: Item, skip: ir.Value | None = None) -> Range:
         """All of an item, or along all but the first ``skip`` elements."""
@@ -320,6 +337,9 @@ class Kernel:
         done_items = b.select(
             alone, b.add(own_next, self.int(8)), b.add(self.ticket, self.int(VECTOR_BYTES))
         )
+        # Alone, everything is one chunk: its first items run without overlap.
+        chunk = b.select(alone, self.items, self.chunk)
+        chunks = b.select(alone, self.int(1), self.chunks)
         memory = self._malloc(self.scratch)
         self.buffer = b.and_(b.add(memory, self.int(63)), self.int(-64))
         work_on = self.tile() if self.job.walk == "short" else self
@@ -334,10 +354,10 @@ class Kernel:
         b.branch(take)
         b.position_at_end(take)
         taken = count(next_chunk, self.int(1))
-        b.cbranch(b.icmp_signed("<", taken, self.chunks), work, leave)
+        b.cbranch(b.icmp_signed("<", taken, chunks), work, leave)
         b.position_at_end(work)
-        low = b.mul(taken, self.chunk)
-        high = self.smaller(b.add(low, self.chunk), self.items)
+        low = b.mul(taken, chunk)
+        high = self.smaller(b.add(low, chunk), self.items)
         if self.job.walk == "short":
             self.turned_rows(stages, low, high)
         else:
@@ -374,7 +394,7 @@ class Kernel:
     @property
     def writes_lanes(self) -> bool:
         """Whether the result is one number a lane."""
-        return self.job.op in (LOGSUMEXP, PAIRS)
+        return self.job.op in (LOGSUMEXP, PAIRS, MERGE, MERGE_LOGSUMEXP)
 
     def turned_rows(self, stages: "list[Stage]", low: ir.Value, high: ir.Value) -> None:
         """Rows low to high, one vector's worth at a time: turn, walk the columns, turn back."""
@@ -394,7 +414,6 @@ class Kernel:
                     o.store(self.tile_at(q, j), column)
             whole = self.int(width)
             item = Item(
-                active=ir.Constant(ir.IntType(1), 1),
                 x=self.buffer,
                 out=self.out if self.writes_lanes else self.buffer,
                 lane=row,

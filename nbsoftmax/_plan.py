@@ -39,9 +39,10 @@ class Limits:
     narrow_elements: int = 4
     # Below this one thread is done before a second has woken up.
     serial_bytes: int = 128 * 1024
-    # Work is taken in pieces of about this size; small enough to end together, large enough that
-    # the first items of a piece, which run without overlap, do not count.
-    chunk_bytes: int = 256 * 1024
+    # Work is taken in chunks: some for each thread, so that all end together, but none so small
+    # that its first items, which run without overlap, count.
+    chunks_per_thread: int = 8
+    chunk_bytes: int = 32 * 1024
     # Outputs larger than this (half of the last-level cache) are stored past the cache.
     past_cache_bytes: int = 16 * 1024 * 1024
     # Arrays that no kernel walks are packed to rows in pieces of this size.
@@ -84,6 +85,13 @@ class Plan:
 
     def blocks(self, n: int) -> int:
         return max(1, -(-n // self.block))
+
+
+def chunk_items(items: int, item_bytes: int, group: int, threads: int) -> int:
+    """How many items a thread takes at a time, whole groups of them."""
+    least = -(-LIMITS.chunk_bytes // max(1, item_bytes))
+    share = -(-items // (LIMITS.chunks_per_thread * threads))
+    return -(-max(1, least, share) // group) * group
 
 
 def _across_panel(inner: int, width: int) -> int:

@@ -31,12 +31,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
+def most_threads() -> int:
+    """How many threads any call may ever use."""
+    return int(config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+
 def thread_count() -> int:
     """How many threads a call may use: what `numba.get_num_threads` says."""
     layer = sys.modules.get("numba.np.ufunc.parallel")
     if layer is None or not getattr(layer, "_is_initialized", True):
         # Nobody set a number yet, and asking would start Numba's own threads.
-        return int(config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        return most_threads()
     return int(get_num_threads())
 
 
