@@ -166,7 +166,7 @@ def _launch(
     axis: Any,
     keepdims: bool,
     out_strides: tuple[int, ...] | None = None,
-    out_aligned: bool = True,
+    out_at: int = 0,
 ) -> Launch | None:
     """How to run ``op``, or None if no kernel walks such an array as it lies."""
     axes = _semantics.normalize_axis(axis, len(shape))
@@ -192,7 +192,9 @@ def _launch(
         steps, size = (fold.x_n, fold.x_outer), dtype.itemsize
     alike = all(step % (width * size) == 0 for step in steps)
     shifted = across and alike and inner >= 4 * plan.panel * width
-    past_cache = plan.past_cache and (not across or (alike and (shifted or out_aligned)))
+    past_cache = plan.past_cache and out_at % size == 0
+    if across:
+        past_cache = past_cache and alike and (shifted or out_at == 0)
     parallel = outer * n * inner * real.itemsize >= _plan.LIMITS.serial_bytes
     row = plan.panel * _plan.VECTOR_BYTES if across else real.itemsize
     item_bytes = min(n, plan.block) * row
@@ -290,9 +292,7 @@ def run(
             if launch is not None:
                 return launch.new(x)
         elif _takes_directly(op, x, out):
-            launch = _launch(
-                op, x.shape, x.strides, x.dtype, axis, False, out.strides, _on_vectors(out)
-            )
+            launch = _launch(op, x.shape, x.strides, x.dtype, axis, False, out.strides, _place(out))
             if launch is not None and out.dtype == launch.result:
                 launch.into(x, out)
                 return out
@@ -310,11 +310,11 @@ def _takes_directly(op: str, x: Array, out: Any) -> bool:
     return out is x or not np.may_share_memory(out, x)
 
 
-def _on_vectors(out: Array) -> bool:
-    """Whether out starts on a whole vector; asked only where it matters, for it takes 1 us."""
+def _place(out: Array) -> int:
+    """Where out starts within a vector; asked only where it matters, for it takes 1 us."""
     if out.nbytes <= _plan.LIMITS.past_cache_bytes:
-        return True
-    return bool(out.__array_interface__["data"][0] % _plan.VECTOR_BYTES == 0)
+        return 0
+    return int(out.__array_interface__["data"][0] % _plan.VECTOR_BYTES)
 
 
 def _run(
@@ -424,7 +424,7 @@ def _unweighted(
                 np.copyto(out, made, casting="same_kind")
                 return out
         elif out.dtype == result:
-            launch = _launch(*geometry, out.strides, _on_vectors(out))
+            launch = _launch(*geometry, out.strides, _place(out))
             if launch is not None:
                 launch.into(x, out)
                 return out
@@ -487,6 +487,8 @@ def _packed(
                 try:
                     part = [None if a is None else a[piece] for a in (mask, weights)]
                     value, signs = _piece(op, x[piece], part[0], part[1], n, result)
+                    if signs is not None and sign is None:
+                        value[signs < 0] = np.nan
                     out[piece] = value.reshape(out[piece].shape)
                     if sign is not None and signs is not None:
                         sign[piece] = signs.reshape(sign[piece].shape)

@@ -513,6 +513,7 @@ class Sum(Stage):
 
     keeps_terms = False
     counts_largest = True  # instead of summing them
+    rounded_terms = True  # or their last addition is kept too, for the strictest budget
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
@@ -532,25 +533,28 @@ class Sum(Stage):
     def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
         o, k = self.o, self.k
         x = k.load_x(self.range, j, u, mask)
-        term = _scalars.exp(o, x, self.scales[u % k.sets])
+        by = self.scales[u % k.sets]
+        terms = [_scalars.exp(o, x, by)] if self.rounded_terms else _scalars.exp_two_parts(o, x, by)
         one, zero = o.const(1.0), o.const(0.0)
         if k.job.weighted:
             weight = k.b.add(k.x_at(self.range, j, u), k.b.sub(k.pairs, k.x))
             one = k.source.load(o, weight, mask)
-            term = term * one
+            terms = [term * one for term in terms]
         if mask is not None:
-            term = o.where(mask, term, zero)
+            terms = [o.where(mask, term, zero) for term in terms]
         if self.keeps_terms:
-            o.store(k.scratch_at(self.range, j, u), term)
+            o.store(k.scratch_at(self.range, j, u), terms[0])
         if self.counts_largest:
             largest = x == self.m[u % k.sets].get()
             if mask is not None:
                 largest = largest & mask
-            term = o.where(largest, zero, term)
+            terms = [o.where(largest, zero, term) for term in terms]
             count = self.count[u % k.sets]
             count.set(count.get() + o.where(largest, one, zero))
         part = u % k.sums
-        s, c = _scalars.add(self.s[part].get(), self.c[part].get(), term)
+        s, c = _scalars.add(self.s[part].get(), self.c[part].get(), terms[0])
+        for low in terms[1:]:
+            c = c + low
         self.s[part].set(s)
         self.c[part].set(c)
 
@@ -604,6 +608,8 @@ class SumForLogSoftmax(Sum):
 
 class SumForPairs(Sum):
     """Writes m, s and c; s is NaN only if the lane holds one."""
+
+    rounded_terms = False
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
         self.write(u, (m.get(), s.get(), c.get()))

@@ -78,18 +78,13 @@ def sum_pairs(s: Array, c: Array) -> tuple[Array, Array]:
 def pairs(o: Operations, x: Array, weights: Array | None = None) -> tuple[Array, Array, Array]:
     """M and the two parts of the sum of all terms but one largest, for every row."""
     m = x.max(axis=1, initial=-np.inf, where=~np.isnan(x))
-    terms = _terms(o, x, m)
-    one = np.ones_like(terms) if weights is None else weights
+    by = _scalars.scale(o, m[:, None])
+    one = np.ones_like(x) if weights is None else weights
     largest = x == m[:, None]
-    terms = np.where(largest, 0, terms * one)
-    s, c = sum_pairs(terms, np.zeros_like(terms))
+    terms = [np.where(largest, 0, part * one) for part in _scalars.exp_two_parts(o, x, by)]
+    s, c = sum_pairs(*terms)
     s, c = _scalars.with_equals(o, m, (largest * one).sum(axis=1), s, c)
     return m, s, c
-
-
-def _terms(o: Operations, x: Array, m: Array) -> Array:
-    by = _scalars.scale(o, m[:, None])
-    return np.asarray(_scalars.exp(o, x, by))
 
 
 def run(op: str, rows: Array) -> Array:
@@ -104,7 +99,8 @@ def run(op: str, rows: Array) -> Array:
         elif op == SOFTMAX:
             high, low = _scalars.reciprocal(o, m, *_scalars.whole(o, m, s, c))
             high = np.where(m == np.inf, o.const(np.nan), high)
-            value = _scalars.softmax(o, _terms(o, x, m), high[:, None], low[:, None])
+            terms = _scalars.exp(o, x, _scalars.scale(o, m[:, None]))
+            value = _scalars.softmax(o, terms, high[:, None], low[:, None])
         else:
             log = _scalars.log_to_subtract(o, m, s, c)
             value = _scalars.log_softmax(x, m[:, None], log[:, None])

@@ -536,6 +536,7 @@ def test_where_may_be_a_list_or_a_python_bool(op, backend):
     oracle.assert_right(op, backend(op, x, where=False), x, where=np.array(False))
 
 
+@each_library
 @pytest.mark.parametrize("layout", ["fortran", "strided", "reversed", "broadcast_last_axis",
                                     "row_pitched", "read_only"])  # fmt: skip
 def test_layout_of_where_does_not_matter(layout, backend, regime):
@@ -653,6 +654,7 @@ WEIGHTED = {
 }  # fmt: skip
 
 
+@each_library
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("trap", WEIGHTED)
 def test_trap_with_weights(trap, dtype, backend, regime):

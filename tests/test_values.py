@@ -5,6 +5,7 @@ import pytest
 
 from . import cases, oracle
 from .cases import OPS, SPECIALS, VALUES, WIDTHS
+from .conftest import each_library
 
 
 def alone(lane):
@@ -28,6 +29,7 @@ def among_columns(lane):
 ARRANGEMENTS = (alone, among_rows, among_columns)
 
 
+@each_library
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("trap", VALUES)
@@ -44,6 +46,7 @@ def test_trap_gives_the_contracts_answer(trap, dtype, op, backend, regime):
             np.testing.assert_array_equal(found, np.broadcast_to(expected, found.shape))
 
 
+@each_library
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("n", WIDTHS)
 @pytest.mark.parametrize("special", SPECIALS)
@@ -89,6 +92,7 @@ def test_the_two_examples_of_the_contract(backend):
     assert backend("log_softmax", np.array([40.0, 0.0]))[0] == -4.248354255291589e-18
 
 
+@each_library
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 def test_a_lane_does_not_depend_on_its_neighbours(dtype, op, backend, regime):
