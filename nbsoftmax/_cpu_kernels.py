@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 PREFETCH_BYTES = 4096  # ahead of the walk: memory latency at full bandwidth, measured 4-16 KB alike
 PREFETCH_ROWS = 8
+PREFETCH_GROUPS = 2  # of short rows
 CACHE_LINE_BYTES = 64
 
 COMPILES = not config.DISABLE_JIT
@@ -406,6 +407,9 @@ class Kernel:
                 for i in range(width)
             ]
             rows = [b.add(self.x, b.mul(r, self.x_outer)) for r in rows]
+            next_rows = b.add(rows[0], b.mul(self.x_outer, self.int(PREFETCH_GROUPS * width)))
+            with o.loop(self.int(0), b.mul(self.x_outer, self.int(width)), CACHE_LINE_BYTES) as at:
+                o.prefetch(b.add(next_rows, at))
             with o.loop(self.int(0), self.n, width) as q:
                 mask = o.live(b.sub(self.n, q))
                 offset = b.mul(q, self.int(self.source.itemsize))

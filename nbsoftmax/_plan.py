@@ -18,10 +18,11 @@ class Limits:
     results must not depend on who computes them.
     """
 
-    # Rows shorter than this are turned in registers, a vector's worth of rows at a time: the 80
-    # cycles that the row pipeline spends on each row weigh more than two transposes.
-    short_float32_elements: int = 32
-    short_float64_elements: int = 16
+    # Rows up to this long are turned in registers, a vector's worth of rows at a time: what the row
+    # pipeline spends on each row, 250 cycles or more, weighs more than two transposes. Equal at 110
+    # (float32) and 75 (float64), for logsumexp, which turns once, at twice that (Zen 4).
+    short_float32_elements: int = 96
+    short_float64_elements: int = 64
     # A lane up to this long stays in the second-level cache (1 MB a core) with the two behind it.
     lane_bytes: int = 192 * 1024
     # Longer ones are cut into blocks: big enough that merging them costs nothing, small enough that
