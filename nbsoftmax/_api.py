@@ -168,7 +168,8 @@ def logsumexp(
     res : ndarray or NumPy scalar
         A scalar when all axes are summed.
     sign : ndarray or NumPy scalar
-        Only with ``return_sign``: 1, -1, 0 for an empty sum, NaN where ``res`` is NaN.
+        Only with ``return_sign``: 1 or -1; 0 for a sum of zeros; NaN where ``res`` is NaN; for an
+        axis of length 0 -1, as in SciPy.
 
     Raises
     ------

@@ -335,7 +335,9 @@ def _run(
     weights = None if b is None else _semantics.as_array(b, "b")
     result = _semantics.real_dtype(x.dtype, name)
     if weights is not None:
-        x, weights, result = _with_weights(x, weights, result, np.isscalar(b))
+        x, weights, result = _with_weights(
+            x, weights, result, type(b) in (bool, int, float, complex)
+        )
     if chosen is not None:
         if any(a is not None and a.dtype.kind == "c" for a in (x, weights)):
             raise TypeError(f"dtype must not be {chosen} for complex {name} or b")
@@ -354,7 +356,7 @@ def _run(
         target = np.empty(shape, result) if out is None else out
         target[...] = -np.inf
         if sign is not None:
-            sign[...] = 0.0
+            sign[...] = -1.0  # SciPy's word for an empty sum
     elif weights is not None:
         target = np.empty(shape, result) if out is None else out
         _packed(op, x, axes, mask, weights, target, sign, result)
@@ -369,12 +371,12 @@ def _run(
 
 
 def _with_weights(
-    x: Array, weights: Array, result: np.dtype[Any] | None, scalar: bool
+    x: Array, weights: Array, result: np.dtype[Any] | None, weak: bool
 ) -> tuple[Array, Array, np.dtype[Any] | None]:
     """A and b broadcast together, and the dtype that both are computed in."""
     if result is None or _semantics.real_dtype(weights.dtype, "b") is None:
         result = None
-    elif not (scalar and weights.dtype.kind in "biuf"):  # a Python number leaves a's dtype alone
+    elif not (weak and weights.dtype.kind in "biuf"):  # a Python number leaves a's dtype alone
         both = np.result_type(result, weights.dtype)
         result = both if both.kind == "f" or both == result else np.dtype(np.float64)
     try:

@@ -18,12 +18,14 @@ terms of item i + 1 and finishes item i (`STAGES`), so that memory and arithmeti
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from llvmlite import ir
@@ -103,10 +105,9 @@ class Address(types.Type):
 class Target(Address):
     """The address of x, whose type says which kernel is meant."""
 
-    def __init__(self, job: Job, sources: str) -> None:
+    def __init__(self, job: Job) -> None:
         self.job = job
-        self.sources = sources
-        super().__init__(name=f"nbsoftmax.Target({job}, {sources})")
+        super().__init__(name=f"nbsoftmax.Target({job})")
 
 
 @register_model(Address)
@@ -832,56 +833,64 @@ def _kernel(x, out, pairs, parameters, ticket):  # type: ignore[no-untyped-def]
     _emit(x, out, pairs, parameters, ticket)
 
 
-def _jitted() -> Any:
-    try:
-        return njit(nogil=True, cache=True)(_kernel)
-    except RuntimeError:  # no folder for the cache can be written
-        return njit(nogil=True)(_kernel)
-
-
-_DISPATCHER = _jitted()
-
-
-@functools.cache
-def sources() -> str:
-    """A digest of every file that shapes the machine code.
-
-    It is part of each kernel's signature: Numba's cache does not see a change in a file that the
-    kernel's own file imports, and would go on running the old binary.
-    """
+def _digest() -> str:
     here = Path(__file__).parent
     names = ("_cpu_kernels.py", "_formats.py", "_scalars.py", "_semantics.py", "_simd.py")
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()[:16]
 
 
+# Of every file that shapes the machine code, as it was when this process read it. It is part of
+# each kernel's name: Numba's cache does not see a change in a file that the kernel's own file
+# imports, and would go on running the old binary.
+SOURCES = _digest()
+
+
+def dispatcher(job: Job, cache: bool = True) -> Any:
+    """A Numba function for this job alone, so that each has its own files in the cache.
+
+    Numba numbers the binaries of one function without a lock: two processes that compile two jobs
+    at once would give both the same number, and a third would load the wrong one.
+    """
+    words = (str(value) for value in dataclasses.astuple(job))
+    name = "_".join([*words, SOURCES])
+    code = _kernel.__code__.replace(co_name=name, co_qualname=name)
+    function = FunctionType(code, globals(), name)
+    function.__qualname__ = name
+    try:
+        return njit(nogil=True, cache=cache)(function)
+    except RuntimeError:  # no folder for the cache can be written
+        return njit(nogil=True)(function)
+
+
 @functools.cache
 def compiled(job: Job) -> Any:
     """``kernel(x, out, pairs, parameters, ticket)``: from the disk cache, or compiled now."""
-    signature = (Target(job, sources()), ADDRESS, ADDRESS, ADDRESS, ADDRESS)
-    return _from_disk(signature) or _compile(signature)
+    signature = (Target(job), ADDRESS, ADDRESS, ADDRESS, ADDRESS)
+    function = dispatcher(job)
+    return _from_disk(function, signature) or _compile(function, job, signature)
 
 
-def _from_disk(signature: tuple[types.Type, ...]) -> Any:
+def _from_disk(function: Any, signature: tuple[types.Type, ...]) -> Any:
     """The cached kernel, without waiting for all that other compiled code may use.
 
     Numba's own way first imports it, scipy.linalg included: 0.3 s for functions no kernel calls.
     """
     try:
-        found = _DISPATCHER._cache._load_overload(signature, cpu_target.target_context)
+        found = function._cache._load_overload(signature, cpu_target.target_context)
     except Exception:  # another version of Numba, an unreadable cache: the usual way decides
         log.debug("no quick way to the cached kernel", exc_info=True)
         return None
     return found.entry_point if found is not None else None
 
 
-def _compile(signature: tuple[types.Type, ...]) -> Any:
+def _compile(function: Any, job: Job, signature: tuple[types.Type, ...]) -> Any:
     try:
-        return _DISPATCHER.compile(signature)
+        return function.compile(signature)
     except Exception:
         log.debug("the kernel cache is damaged, full or gone", exc_info=True)
     try:
-        _DISPATCHER._cache.flush()
-        return _DISPATCHER.compile(signature)
+        function._cache.flush()
+        return function.compile(signature)
     except Exception:
         log.debug("the kernel is compiled for this process alone", exc_info=True)
-        return njit(nogil=True)(_kernel).compile(signature)
+        return dispatcher(job, cache=False).compile(signature)

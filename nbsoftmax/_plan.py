@@ -119,9 +119,9 @@ def plan(
     lane = n * compute_itemsize
     writes = 0 if op == LOGSUMEXP else outer * n * inner * result_itemsize
     past_cache = writes > limits.past_cache_bytes
-    short = (
-        limits.short_float32_elements if compute_itemsize == 4 else limits.short_float64_elements
-    )
+    short = {4: limits.short_float32_elements, 8: limits.short_float64_elements}[compute_itemsize]
+    if op == LOGSUMEXP:
+        short *= 2
     if inner > 1:
         if inner < limits.narrow_elements:
             return Plan("packed")

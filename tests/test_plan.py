@@ -1,0 +1,182 @@
+"""Which regime serves which array: a golden table, and the folds that need no copy."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from nbsoftmax import _plan, _semantics
+
+from . import cases
+
+MIB = 1 << 20
+
+
+def regime_of(shape, axis, dtype, op="softmax", layout="c"):
+    """The regime's name, for an array of this geometry; nothing of that size is allocated."""
+    dtype = np.dtype(dtype)
+    strides = np.broadcast_to(np.zeros((), dtype), shape).strides
+    strides = np.cumprod([dtype.itemsize, *shape[:0:-1]])[::-1]
+    if layout == "fortran":
+        strides = np.cumprod([dtype.itemsize, *shape[:-1]])
+    if layout == "strided":
+        strides = strides * 2
+    if layout == "pitched":
+        strides = np.cumprod([dtype.itemsize, *(n + 5 for n in shape[:0:-1])])[::-1]
+    axes = _semantics.normalize_axis(axis, len(shape))
+    size = dtype.itemsize
+    fold = _semantics.fold(tuple(shape), tuple(map(int, strides)), None, axes, size, size)
+    if fold is None:
+        return "packed"
+    compute = max(4, size)
+    plan = _plan.plan(op, fold.outer, fold.n, fold.inner, compute, size, size >= 4)
+    if plan.walk == "packed":
+        return "packed"
+    blocks = "+blocks" if plan.blocks(fold.n) > 1 else ""
+    return plan.walk + blocks + ("+past_cache" if plan.past_cache else "")
+
+
+GOLDEN = [
+    # shape, axis, dtype, regime of softmax
+    ((8, 8), -1, "float32", "short"),
+    ((100_000, 10), -1, "float32", "short"),
+    ((1_000_000, 16), -1, "float32", "short"),
+    ((1_000_000, 16), -1, "float64", "short"),
+    ((1000, 96), -1, "float32", "short"),
+    ((1000, 200), -1, "float32", "along"),
+    ((1000, 64), -1, "float64", "short"),
+    ((1000, 130), -1, "float64", "along"),
+    ((1000, 10), -1, "float16", "along"),
+    ((7, 10), -1, "float32", "along"),
+    ((8, 10), -1, "float32", "short"),
+    ((128, 1000), -1, "float32", "along"),
+    ((1000,), 0, "float64", "along"),
+    ((4096, 4096), -1, "float32", "along+past_cache"),
+    ((4096, 4096), 1, "float64", "along+past_cache"),
+    ((1, 16 * MIB), -1, "float32", "along+blocks+past_cache"),
+    ((16 * MIB,), None, "float64", "along+blocks+past_cache"),
+    ((4, 100_000), -1, "float32", "along+blocks"),
+    ((64, 40_000), -1, "float32", "along"),
+    ((64, 60_000), -1, "float32", "along+blocks"),
+    ((4096, 4096), 0, "float32", "across+blocks+past_cache"),
+    ((100, 1000), 0, "float32", "across"),
+    ((1024, 64, 256), 1, "float32", "across+past_cache"),
+    ((32, 64, 256), 1, "float64", "across"),
+    ((1000, 3), 0, "float32", "packed"),
+    ((1000, 4), 0, "float32", "across"),
+    ((20, 30, 40), (0, 1), "float32", "across+blocks"),
+    ((20, 30, 40), (1, 2), "float32", "along"),
+    ((20, 30, 40), (0, 2), "float32", "packed"),
+    ((20, 30, 40), None, "float32", "along+blocks"),
+    ((20, 30, 40), (), "float32", "across"),
+]
+
+
+@pytest.mark.parametrize(("shape", "axis", "dtype", "regime"), GOLDEN, ids=str)
+def test_golden_table(shape, axis, dtype, regime):
+    assert regime_of(shape, axis, dtype) == regime
+
+
+def test_logsumexp_turns_rows_twice_as_long():
+    for shape, dtype in (((1000, 97), "float32"), ((1000, 65), "float64")):
+        assert regime_of(shape, -1, dtype) == "along"
+        assert regime_of(shape, -1, dtype, op="logsumexp") == "short"
+
+
+def test_logsumexp_stores_too_little_to_bypass_the_cache():
+    for shape, axis, dtype, regime in GOLDEN:
+        found = regime_of(shape, axis, dtype, op="logsumexp")
+        assert found == regime.replace("+past_cache", "")
+
+
+@pytest.mark.parametrize(
+    ("layout", "axis", "regime"),
+    [
+        ("fortran", 0, "along"),  # a lane of 100
+        ("fortran", 1, "across"),
+        ("pitched", 1, "short"),
+        ("pitched", 0, "across"),
+        ("strided", 1, "packed"),
+        ("strided", 0, "packed"),
+    ],
+)
+def test_layouts_that_fold_as_they_lie(layout, axis, regime):
+    """No copy for Fortran order and for rows with a pitch; strided lanes are copied in pieces."""
+    assert regime_of((100, 50), axis, "float32", layout=layout) == regime
+
+
+# Regime of cases.REGIMES -> what it must make of at least one of the shapes that tests use.
+REACHED = {
+    "default": {"short", "along", "across"},
+    "whole_lanes": {"along", "across"},
+    "blocks": {"along+blocks", "across+blocks"},
+    "in_pieces": {"along", "across"},
+    "past_cache": {"along+past_cache", "across+past_cache"},
+    "packed": {"packed", "along"},
+    "blocks_in_pieces_past_cache": {"along+blocks+past_cache", "across+blocks+past_cache"},
+}
+
+
+@pytest.mark.parametrize("regime", cases.REGIMES)
+def test_regimes_of_the_tests_lead_where_they_say(regime):
+    with _plan.using(**cases.REGIMES[regime]):
+        found = {regime_of(shape, axis, "float32") for shape, axis in cases.SOME_SHAPES}
+    assert REACHED[regime] <= found
+
+
+def test_using_puts_the_limits_back():
+    before = _plan.LIMITS
+    with _plan.using(block_bytes=64):
+        assert _plan.LIMITS.block_bytes == 64
+    assert before is _plan.LIMITS
+    with pytest.raises(KeyError), _plan.using(block_bytes=64):
+        raise KeyError
+    assert before is _plan.LIMITS
+    with pytest.raises(TypeError), _plan.using(no_such_limit=1):
+        pass
+    assert before is _plan.LIMITS
+
+
+def test_limits_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        _plan.LIMITS.block_bytes = 1
+
+
+SIZES = (1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 64, 100, 1000, 4097, 70_000, 10**7, 10**9)
+
+
+@pytest.mark.parametrize("regime", cases.REGIMES)
+def test_every_geometry_has_a_plan(regime):
+    """A walk that exists, blocks that cover the lane, rows turned only where they fit."""
+    with _plan.using(**cases.REGIMES[regime]) as limits:
+        for op, outer, n, inner in itertools.product(("softmax", "logsumexp"), *[SIZES] * 3):
+            for itemsize in (4, 8):
+                plan = _plan.plan(op, outer, n, inner, itemsize, itemsize, True)
+                assert plan.walk in {"along", "across", "short", "packed"}
+                if plan.walk == "packed":
+                    assert 1 < inner < limits.narrow_elements
+                    continue
+                assert plan.block >= 1
+                assert (plan.blocks(n) - 1) * plan.block < n <= plan.blocks(n) * plan.block
+                assert (plan.walk == "across") == (inner > 1)
+                assert plan.walk != "short" or n <= 192
+
+
+def test_fold_sees_the_elements_it_should():
+    """Every fold without a copy, played back with its strides, finds each lane's own elements."""
+    layouts = ("c", "fortran", "row_pitched", "reversed", "broadcast_first_axis")
+    for (shape, axis), layout in itertools.product(cases.EVERY_AXIS, layouts):
+        x = cases.LAYOUTS[layout](np.arange(np.prod(shape), dtype=np.int64).reshape(shape))
+        axes = _semantics.normalize_axis(axis, x.ndim)
+        fold = _semantics.fold(x.shape, x.strides, None, axes, 8, 8)
+        if fold is None:
+            continue
+        assert fold.outer * fold.n * fold.inner == x.size
+        step = 8
+        view = np.lib.stride_tricks.as_strided(
+            x, (fold.outer, fold.n, fold.inner), (fold.x_outer, fold.x_n, step)
+        )
+        kept = [i for i in fold.order if i not in axes]
+        lanes = x.transpose([*kept, *[i for i in fold.order if i in axes]]).reshape(-1, fold.n)
+        np.testing.assert_array_equal(view.transpose(0, 2, 1).reshape(-1, fold.n), lanes)
