@@ -38,8 +38,8 @@ class Limits:
     few_panels_bytes: int = 32 * 1024
     # Fewer neighbouring lanes than this leave a vector too empty: such arrays are packed to rows.
     narrow_elements: int = 4
-    # Below this one thread is done before a second has woken up.
-    serial_bytes: int = 128 * 1024
+    # Below this one thread is done before a second has woken up, which takes 30 to 50 us (Zen 4).
+    serial_bytes: int = 1024 * 1024
     # Work is taken in chunks: some for each thread, so that all end together, but none so small
     # that its first items, which run without overlap, count.
     chunks_per_thread: int = 8
