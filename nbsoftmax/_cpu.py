@@ -123,6 +123,14 @@ class Launch:
             out = out.reshape(self.final_shape)
         return out if self.final_shape else out[()]
 
+    def fills(self, out: Any, x: Array) -> bool:
+        """Whether ``out`` is as a new result would be, and apart from x."""
+        if type(out) is not np.ndarray or out.shape != self.final_shape:
+            return False
+        flags = out.flags
+        as_new = flags.c_contiguous and flags.writeable and out.dtype == self.result
+        return as_new and self.transpose is None and not np.may_share_memory(out, x)
+
     def into(self, x: Array, out: Array) -> None:
         """Fill ``out``, whose strides are those that this was made for."""
         if self.small is not None:
@@ -291,7 +299,12 @@ def run(
             launch = _launch(op, x.shape, x.strides, x.dtype, axis, bool(keepdims))
             if launch is not None:
                 return launch.new(x)
-        elif _takes_directly(op, x, out):
+        elif op == LOGSUMEXP:
+            launch = _launch(op, x.shape, x.strides, x.dtype, axis, bool(keepdims))
+            if launch is not None and launch.fills(out, x):
+                launch.into(x, out)
+                return out
+        elif _takes_directly(x, out):
             launch = _launch(op, x.shape, x.strides, x.dtype, axis, False, out.strides, _place(out))
             if launch is not None and out.dtype == launch.result:
                 launch.into(x, out)
@@ -300,9 +313,9 @@ def run(
         return _run(op, x, axis, where, out, dtype, b, bool(keepdims), bool(return_sign), name)
 
 
-def _takes_directly(op: str, x: Array, out: Any) -> bool:
+def _takes_directly(x: Array, out: Any) -> bool:
     """Whether out is a plain array that a kernel can fill with softmax while it reads x."""
-    if op == LOGSUMEXP or type(out) is not np.ndarray or out.shape != x.shape:
+    if type(out) is not np.ndarray or out.shape != x.shape:
         return False
     flags = out.flags
     if not flags.writeable or (0 in out.strides and _repeats(out)):
