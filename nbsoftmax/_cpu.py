@@ -178,7 +178,7 @@ def _launch(
 ) -> Launch | None:
     """How to run ``op``, or None if no kernel walks such an array as it lies."""
     axes = _semantics.normalize_axis(axis, len(shape))
-    result = _semantics.real_dtype(dtype, "x")
+    result = _semantics.real_dtype(dtype, "a" if op == LOGSUMEXP else "x")
     if result is None or not _reads(dtype) or 0 in shape:
         return None
     fold = _semantics.fold(shape, strides, out_strides, axes, dtype.itemsize, result.itemsize)
