@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from types import FunctionType
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import config, njit
 from numba.core import cgutils, types
 from numba.core.registry import cpu_target
@@ -47,9 +49,16 @@ PREFETCH_GROUPS = 2  # of short rows
 CACHE_LINE_BYTES = 64
 
 COMPILES = not config.DISABLE_JIT
-# Without the conversion instructions LLVM would call a library that is not there. A processor named
-# by the user may lack them.
-HALF_IN_HARDWARE = config.CPU_NAME is None
+
+
+def _half_in_hardware() -> bool:
+    """Whether the processor converts float16; without it LLVM would call a missing library."""
+    if config.CPU_NAME is not None or config.CPU_FEATURES is not None:
+        return False  # the user names another processor
+    return get_host_cpu_features().get("f16c", platform.machine() in ("aarch64", "arm64"))
+
+
+HALF_IN_HARDWARE = _half_in_hardware()
 
 PAIRS, MERGE, MERGE_LOGSUMEXP = "pairs", "merge", "merge_logsumexp"
 APPLY_SOFTMAX, APPLY_LOG_SOFTMAX = "apply_softmax", "apply_log_softmax"
