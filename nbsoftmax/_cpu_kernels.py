@@ -326,7 +326,8 @@ class Kernel:
         """All steps of the stages' items: together while none needs a mask, then each alone."""
         common = functools.reduce(self.smaller, [stage.range.full for stage in stages])
         with self.o.loop(self.int(0), common) as j:
-            stages[0].prefetch(j)
+            if self.job.walk != "short":  # a tile lies in the first-level cache
+                stages[0].prefetch(j)
             # Last stage first: it reads the scratch that the stage before it fills.
             for stage in reversed(stages):
                 for u in range(self.panel):
