@@ -255,8 +255,7 @@ def log1p(o: Operations, y: Value, y_low: Value) -> tuple[Value, Value]:
     tail = tail + o.fma(k, o.const(real.ln2_rest), rest / (o.const(1.0) + f))
     high, low = two_sum(k * o.const(real.ln2_short), f)
     high, low2 = two_sum(high, tail - half_square)
-    bad = o.isnan(y - y)  # infinite or NaN
-    return o.where(bad, y, high), o.where(bad, y, low + low2)
+    return high, low + low2
 
 
 def ratio_to_largest(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
