@@ -29,9 +29,6 @@ class Operations:
     def larger(self, a: Any, b: Any) -> Any:
         return np.where(a > b, a, b)
 
-    def isnan(self, a: Any) -> Any:
-        return np.isnan(a)
-
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """``a * b + c`` with the product exact, as the fused instruction has it."""
         if self.real.itemsize == 4:
