@@ -169,6 +169,34 @@ def test_kernels_are_compiled_anew_when_a_file_they_import_has_changed(copy, cac
     assert not stale
 
 
+UPGRADED_BETWEEN_IMPORT_AND_CALL = """
+import sys, nbsoftmax, numpy as np
+file, old, new = sys.argv[1:]
+text = open(file).read()
+assert old in text
+open(file, "w").write(text.replace(old, new))
+nbsoftmax.log_softmax(np.zeros((400, 1000), "f4"), axis=1)
+"""
+
+
+def test_a_process_keeps_its_code_under_the_sources_that_it_read(copy, cache):
+    """An upgrade while it runs must not leave the old kernel in the new version's place."""
+    environment_ = with_copy(copy, NUMBA_CACHE_DIR=str(cache))
+    file, old, new = copy / "_scalars.py", "return (x - m) - log", "return (x - m) + log"
+    script = [UPGRADED_BETWEEN_IMPORT_AND_CALL, str(file), old, new]
+    run("-c", *script, env=environment(**environment_))
+    changed = first_call("log_softmax", **environment_)
+    assert changed["compilations"] == 1
+    assert max(changed["result"]) > 0
+
+
+def test_kernels_share_no_cache_file(cache):
+    """Numba numbers a function's binaries without a lock: processes could swap two kernels."""
+    for function in ("softmax", "log_softmax", "logsumexp"):
+        first_call(function, NUMBA_CACHE_DIR=str(cache))
+    assert sorted(path.suffix for path in files(cache)) == [".nbc"] * 3 + [".nbi"] * 3
+
+
 # ---- with a bad folder for the cache, or none
 
 
