@@ -618,7 +618,7 @@ class SumForLogSoftmax(Sum):
         kernel.finished = [self.m, self.s]
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
-        s.set(_scalars.log_to_subtract(self.o, m.get(), s.get(), c.get()))
+        s.set(_scalars.log_sum(self.o, m.get(), s.get(), c.get())[0])
 
 
 class SumForPairs(Sum):
@@ -747,7 +747,7 @@ class ApplyLogSoftmax(Apply):
     """log_softmax in a second reading of x."""
 
     def finish(self, m: Variable, s: Variable, c: Variable) -> None:
-        s.set(_scalars.log_to_subtract(self.o, m.get(), s.get(), c.get()))
+        s.set(_scalars.log_sum(self.o, m.get(), s.get(), c.get())[0])
 
     def step_at(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> None:
         k = self.k

@@ -99,6 +99,6 @@ def run(op: str, rows: Array) -> Array:
             terms = _scalars.exp(o, x, _scalars.scale(o, m[:, None]))
             value = _scalars.softmax(o, terms, high[:, None], low[:, None])
         else:
-            log = _scalars.log_to_subtract(o, m, s, c)
+            log, _ = _scalars.log_sum(o, m, s, c)
             value = _scalars.log_softmax(x, m[:, None], log[:, None])
         return np.asarray(value).astype(result)

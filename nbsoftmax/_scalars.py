@@ -233,7 +233,7 @@ def softmax(o: Operations, term: Value, high: Value, low: Value) -> Value:
 
 
 def log_softmax(x: Value, m: Value, log: Value) -> Value:
-    """One result from its input and the lane's `log_to_subtract`."""
+    """One result from its input and the lane's `log_sum`; NaN wherever m is infinite."""
     return (x - m) - log
 
 
@@ -266,14 +266,8 @@ def ratio_to_largest(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value
 
 
 def log_sum(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
-    """``log sum e^(x_i - m)`` of a pair in two parts."""
+    """``log sum e^(x_i - m)`` of a pair in two parts; NaN where m is +inf, 0 where it is -inf."""
     return log1p(o, *ratio_to_largest(o, m, s, c))
-
-
-def log_to_subtract(o: Operations, m: Value, s: Value, c: Value) -> Value:
-    """What log_softmax takes from ``x - m``; NaN for an infinite m."""
-    log, _ = log_sum(o, m, s, c)
-    return o.where(abs(m) == o.const(float("inf")), o.const(float("nan")), log)
 
 
 def logsumexp(o: Operations, m: Value, s: Value, c: Value) -> Value:
