@@ -524,7 +524,10 @@ class Maximum(Stage):
 
 
 class Sum(Stage):
-    """s + c of the lane, whose m is known; the terms stay in scratch if the op wants them again."""
+    """s + c of the lane, whose m is known; the terms stay in scratch if the op wants them again.
+
+    Where a vector is not full, x is -inf: terms as good as 0.
+    """
 
     keeps_terms = False
     counts_largest = True  # instead of summing them
@@ -555,14 +558,10 @@ class Sum(Stage):
             weight = k.b.add(k.x_at(self.range, j, u), k.b.sub(k.pairs, k.x))
             one = k.source.load(o, weight, mask)
             terms = [term * one for term in terms]
-        if mask is not None:
-            terms = [o.where(mask, term, zero) for term in terms]
         if self.keeps_terms:
             o.store(k.scratch_at(self.range, j, u), terms[0])
         if self.counts_largest:
             largest = x == self.m[u % k.sets].get()
-            if mask is not None:
-                largest = largest & mask
             terms = [o.where(largest, zero, term) for term in terms]
             count = self.count[u % k.sets]
             count.set(count.get() + o.where(largest, one, zero))
@@ -785,7 +784,7 @@ class Merge(SumForPairs):
             count.set(count.get() + o.where(largest, one, zero))
             factor = _scalars.rescale(o, part_m, m.get())
             term = _scalars.exp(o, part_m, _scalars.scale(o, m.get()))
-            term = o.where(largest | (factor == zero), zero, term)
+            term = o.where(largest, zero, term)
             s2, c2 = _scalars.merge(term, zero, factor * s2, factor * c2)
             s2, c2 = _scalars.merge(s.get(), c.get(), s2, c2)
             s.set(s2)
