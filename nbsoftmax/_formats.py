@@ -62,13 +62,14 @@ class Format:
         o.store_raw(address, raw, mask, past_cache)
 
     def _round_to_bfloat16(self, o: Emitter, value: Vector) -> ir.Value:
-        """To nearest, ties to even; a NaN keeps its top bits and stays one."""
+        """To nearest, ties to even.
+
+        A NaN among bfloat16 numbers has zeros where this adds, and stays one.
+        """
         b, half = o.b, o.integers(16)
         bits = b.bitcast(value.value, o.integer_type)
         odd = b.and_(b.lshr(bits, half), o.integers(1))
-        rounded = b.add(b.add(bits, o.integers(0x7FFF)), odd)
-        quiet = b.or_(bits, o.integers(0x400000))
-        bits = b.select(o.isnan(value).value, quiet, rounded)
+        bits = b.add(b.add(bits, o.integers(0x7FFF)), odd)
         return b.trunc(b.lshr(bits, half), self._memory(o))
 
 

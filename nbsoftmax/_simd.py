@@ -113,9 +113,6 @@ class Emitter:
         """``a if a > b else b``: a NaN in ``b`` is kept, one in ``a`` is lost. One instruction."""
         return self.where(a > b, a, b)
 
-    def isnan(self, a: Vector) -> Vector:
-        return Vector(self, self.b.fcmp_unordered("uno", a.value, a.value))
-
     def call(self, name: str, arguments: Sequence[Vector]) -> Vector:
         kind = ir.FunctionType(self.type, [self.type] * len(arguments))
         name = f"{name}.v{self.width}f{8 * self.real.itemsize}"

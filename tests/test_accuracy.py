@@ -36,6 +36,17 @@ def test_rows_and_columns_keep_the_budget(n, kind, dtype, backend, regime):
             oracle.assert_right(op, backend(op, y, axis), y, axis, lanes=exact)
 
 
+@pytest.mark.parametrize("dtype", cases.FLOATS)
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_lanes_of_a_few_that_cancel_keep_the_budget(n, dtype, backend):
+    """Near 0 the maximum and the logarithm cancel: every rounded term shows, if lanes are many."""
+    x = np.random.default_rng(n).standard_normal((20_000, n)).astype(dtype)
+    for axis, y in ((1, x), (0, np.ascontiguousarray(x.T))):
+        exact = oracle.Lanes.of(y, axis)
+        for op in OPS:
+            oracle.assert_right(op, backend(op, y, axis), y, axis, lanes=exact)
+
+
 @pytest.mark.parametrize("n", LONG)
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
