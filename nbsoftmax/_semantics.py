@@ -118,11 +118,6 @@ class Fold:
     out_outer: int
     out_n: int
 
-    @property
-    def along(self) -> bool:
-        """Whether the lane itself is contiguous."""
-        return self.inner == 1
-
 
 def fold(
     shape: tuple[int, ...],

@@ -15,7 +15,6 @@ from . import _scalars
 
 VECTOR_BYTES = 64
 
-I1 = ir.IntType(1)
 I8 = ir.IntType(8)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
@@ -186,11 +185,6 @@ class Emitter:
 
     def int64(self, value: int) -> ir.Constant:
         return ir.Constant(I64, value)
-
-    def splat(self, scalar: ir.Value) -> Vector:
-        undefined = ir.Constant(self.type, ir.Undefined)
-        one = Vector(self, self.b.insert_element(undefined, scalar, ir.Constant(I32, 0)))
-        return self.shuffle(one, one, [0] * self.width)
 
     def live(self, count: ir.Value) -> Vector:
         """The mask of the first ``count`` elements."""
