@@ -101,7 +101,7 @@ def _run(options: argparse.Namespace, console: Console) -> bool:
         _must_be_writable("--json", options.json)
 
     wide = _check.widest()
-    copy = _timing.Copy(_machine.cores())
+    copy = _timing.Copy()
     machine = _machine.machine() | {"reference": wide.name, "copy": copy.name}
     _report.print_machine(console, machine)
 

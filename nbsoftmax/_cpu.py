@@ -272,6 +272,40 @@ def _launch(
 _plan.on_change(_launch.cache_clear)
 
 
+# -- yardsticks ------------------------------------------------------------------------------------
+
+
+def yardstick(x: Array, out: Array | None) -> Callable[[], None]:
+    """The call that copies x to ``out``, or reads x if that is None, as the functions' walk does.
+
+    Both contiguous and of one dtype.  Threads, chunks and stores past the cache are those of
+    softmax: what remains of its time is mathematics.
+    """
+    words = x.reshape(-1).view(np.uint8)
+    rest = words.size % 4
+    source = words[: words.size - rest].view(np.float32)
+    size = source.size
+    block = max(1, _plan.LIMITS.chunk_bytes // 4)
+    if out is None:
+        job = kernels.Job(kernels.READ, "float32", "float32", "along")
+        result = np.empty(size // block + 1, np.float32)
+    else:
+        past_cache = x.nbytes > _plan.LIMITS.past_cache_bytes
+        job = kernels.Job(kernels.COPY, "float32", "float32", "along", past_cache=past_cache)
+        copied = out.reshape(-1).view(np.uint8)
+        result = copied[: words.size - rest].view(np.float32)
+    steps = {"x_block": 4 * block, "out_block": 4 * block}
+    parallel = x.nbytes >= _plan.LIMITS.serial_bytes
+    call = _call(job, (1, size, 1), block, 4 * block, parallel, steps)
+
+    def run() -> None:
+        call(source, result, None, _pool.thread_count())
+        if out is not None and rest:
+            copied[-rest:] = words[-rest:]
+
+    return run
+
+
 # -- the three functions --------------------------------------------------------------------------
 
 

@@ -62,6 +62,7 @@ HALF_IN_HARDWARE = _half_in_hardware()
 
 PAIRS, MERGE, MERGE_LOGSUMEXP = "pairs", "merge", "merge_logsumexp"
 APPLY_SOFTMAX, APPLY_LOG_SOFTMAX = "apply_softmax", "apply_log_softmax"
+COPY, READ = "copy", "read"  # yardsticks: the same walk without the mathematics
 
 
 @dataclass(frozen=True)
@@ -406,7 +407,7 @@ class Kernel:
     @property
     def writes_lanes(self) -> bool:
         """Whether the result is one number a lane."""
-        return self.job.op in (LOGSUMEXP, PAIRS, MERGE, MERGE_LOGSUMEXP)
+        return self.job.op in (LOGSUMEXP, PAIRS, MERGE, MERGE_LOGSUMEXP, READ)
 
     def turned_rows(self, stages: "list[Stage]", low: ir.Value, high: ir.Value) -> None:
         """Rows low to high, one vector's worth at a time: turn, walk the columns, turn back."""
@@ -494,6 +495,15 @@ class Stage:
 
     def leave(self) -> None:
         pass
+
+    def write(self, u: ir.Value, values: tuple[Vector, ...]) -> None:
+        k, b = self.k, self.k.b
+        first = b.mul(u, k.int(self.o.width))
+        mask = self.o.live(b.sub(self.current.results, first))
+        place = b.mul(b.add(self.current.lane, first), k.int(k.result.itemsize))
+        place = b.add(k.out, place)
+        for plane, value in enumerate(values):
+            k.result.store(self.o, b.add(place, b.mul(k.out_plane, k.int(plane))), value, mask)
 
 
 class Maximum(Stage):
@@ -628,15 +638,6 @@ class SumForPairs(Sum):
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
         self.write(u, (m.get(), s.get(), c.get()))
 
-    def write(self, u: ir.Value, values: tuple[Vector, ...]) -> None:
-        k, b = self.k, self.k.b
-        first = b.mul(u, k.int(self.o.width))
-        mask = self.o.live(b.sub(self.current.results, first))
-        place = b.mul(b.add(self.current.lane, first), k.int(k.result.itemsize))
-        place = b.add(k.out, place)
-        for plane, value in enumerate(values):
-            k.result.store(self.o, b.add(place, b.mul(k.out_plane, k.int(plane))), value, mask)
-
 
 class SumForLogSumExp(SumForPairs):
     """Writes logsumexp of the lane."""
@@ -755,6 +756,25 @@ class ApplyLogSoftmax(Apply):
         k.store_out(r, j, u, _scalars.log_softmax(x, m, log_), mask)
 
 
+class Copy(Output):
+    """x to out."""
+
+    def parameters(self) -> None:
+        """There are none."""
+
+    def step_at(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> None:
+        self.k.store_out(r, j, u, self.k.load_x(r, j, u, mask), mask)
+
+
+class Read(Maximum):
+    """Writes m: the least that reading x can be for."""
+
+    def leave(self) -> None:
+        super().leave()
+        for u, m in enumerate(self.m):
+            self.write(self.k.int(u), (m.get(),))
+
+
 class Merge(SumForPairs):
     """The pairs of a lane's blocks to the pair of the lane; x is the pairs, a row a block."""
 
@@ -823,6 +843,8 @@ STAGES: dict[str, tuple[type[Stage], ...]] = {
     MERGE_LOGSUMEXP: (MergeLogSumExp,),
     APPLY_SOFTMAX: (ApplySoftmax,),
     APPLY_LOG_SOFTMAX: (ApplyLogSoftmax,),
+    COPY: (Copy,),
+    READ: (Read,),
 }
 
 

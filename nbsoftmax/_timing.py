@@ -5,14 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbsoftmax import _check
+from nbsoftmax import _check, _cpu
 
 Array = np.ndarray[Any, Any]
 Axis = int | tuple[int, ...] | None
@@ -88,22 +87,27 @@ class Speed:
 
 
 class Copy:
-    """The yardstick: np.copyto, split over the cores where the array is long enough to gain."""
+    """The yardstick: x copied to out, by whatever does it fastest."""
 
-    name = "np.copyto on all cores"
-    _MIN_BYTES = 2**20  # of one part; a hand-over to a thread costs as much as copying about this
-
-    def __init__(self, cores: int) -> None:
-        self._cores = cores
-        self._pool = ThreadPoolExecutor(cores)
+    name = "np.copyto, or vector stores past the cache on all cores; the faster"
 
     def __call__(self, x: Array, out: Array) -> Callable[[], object]:
-        """Return the call that copies x to out, both one-dimensional."""
-        parts = min(self._cores, x.nbytes // self._MIN_BYTES)
-        if parts < 2:
-            return partial(np.copyto, out, x)
-        pieces = list(zip(np.array_split(out, parts), np.array_split(x, parts), strict=True))
-        return lambda: list(self._pool.map(lambda piece: np.copyto(*piece), pieces))
+        """Return the call that copies x to out, both contiguous."""
+        return _fastest(partial(np.copyto, out, x), _cpu.yardstick(x, out))
+
+
+class Read(Copy):
+    """The yardstick for one number a lane: x read, and nothing written."""
+
+    name = "the maximum of x, on all cores"
+
+    def __call__(self, x: Array, out: Array) -> Callable[[], object]:
+        """Return the call that reads the contiguous x."""
+        return _fastest(partial(np.max, x), _cpu.yardstick(x, None))
+
+
+def _fastest(*calls: Callable[[], object]) -> Callable[[], object]:
+    return min(calls, key=lambda call: min(_seconds(call, 1) for _ in range(5)))
 
 
 def _seconds(call: Callable[[], object], calls: int) -> float:

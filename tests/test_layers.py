@@ -29,7 +29,7 @@ LAYERS: dict[str, set[str]] = {
     # The programme that checks and times a machine.
     "_machine": {"__init__", "_pool"},
     "_check": {"__init__"},
-    "_timing": {"_check"},
+    "_timing": {"_check", "_cpu"},
     "_report": {"_check", "_timing"},
     "__main__": {"__init__", "_check", "_machine", "_report", "_timing"},
 }
