@@ -88,6 +88,7 @@ def _call(
         "panels": panels,
         "inner": inner,
         "scratch": rows * row + 6 * _plan.VECTOR_BYTES,
+        "ahead": _plan.prefetch_bytes(job.walk, block * row, strides.get("x_row", 0)),
         **strides,
     }
     parameters = np.array([numbers.get(name, 0) for name in kernels.PARAMETERS], np.int64)
@@ -187,8 +188,7 @@ def _launch(
     source, target = _formats.FORMATS[dtype.name], _formats.FORMATS[result.name]
     real = source.real
     folded = outer, n, inner = fold.outer, fold.n, fold.inner
-    native = source.name == target.name == real.name
-    plan = _plan.plan(op, outer, n, inner, real.itemsize, result.itemsize, native)
+    plan = _plan.plan(op, outer, n, inner, real.itemsize, result.itemsize)
     if plan.walk == "packed":
         return None
     across = plan.walk == "across"

@@ -17,10 +17,10 @@ terms of item i + 1 and finishes item i (`STAGES`), so that memory and arithmeti
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import platform
 from collections.abc import Iterator
@@ -43,9 +43,6 @@ from ._simd import I8, I64, VECTOR_BYTES, Emitter, Variable, Vector
 
 log = logging.getLogger(__name__)
 
-PREFETCH_BYTES = 4096  # ahead of the walk: memory latency at full bandwidth, measured 4-16 KB alike
-PREFETCH_ROWS = 8
-PREFETCH_GROUPS = 2  # of short rows
 CACHE_LINE_BYTES = 64
 
 COMPILES = not config.DISABLE_JIT
@@ -88,6 +85,7 @@ PARAMETERS = (
     "blocks",
     "panels",
     "inner",
+    "ahead",  # prefetch so many bytes ahead of the walk; 0 for the next item
     "shifted",  # whether the first panel ends where the array's whole vectors begin
     "x_outer",
     "x_block",
@@ -97,7 +95,7 @@ PARAMETERS = (
     "out_row",
     "plane",  # distance of the m, s and c of the pairs read
     "out_plane",  # and of those written
-    "scratch",
+    "scratch",  # bytes of one item's numbers
 )
 
 # -- a Numba argument that is an array's address and nothing else ---------------------------------
@@ -151,18 +149,68 @@ class Item:
     columns: ir.Value  # lanes side by side; 1 along
     results: ir.Value  # how many of them are written
     length: ir.Value  # lane elements
+    tile: ir.Value  # short: where its rows are turned
+
+
+class Slot:
+    """An item in memory, for LLVM to keep in registers; items move on from slot to slot."""
+
+    def __init__(self, builder: ir.IRBuilder) -> None:
+        self.b = builder
+        self.fields = {f.name: cgutils.alloca_once(builder, I64) for f in dataclasses.fields(Item)}
+
+    def set(self, item: Item) -> None:
+        for name, pointer in self.fields.items():
+            self.b.store(getattr(item, name), pointer)
+
+    def get(self) -> Item:
+        return Item(**{name: self.b.load(pointer) for name, pointer in self.fields.items()})
+
+
+class Cursor:
+    """Counts items, panels innermost, without a division for each."""
+
+    def __init__(self, kernel: "Kernel", index: ir.Value) -> None:
+        self.k, b = kernel, kernel.b
+        rest = b.udiv(index, kernel.panels)
+        starts = {
+            "index": index,
+            "panel": b.urem(index, kernel.panels),
+            "block": b.urem(rest, kernel.blocks),
+            "outer": b.udiv(rest, kernel.blocks),
+        }
+        self.counters = {name: cgutils.alloca_once(b, I64) for name in starts}
+        for name, value in starts.items():
+            b.store(value, self.counters[name])
+
+    def get(self, name: str) -> ir.Value:
+        return self.k.b.load(self.counters[name])
+
+    def step(self) -> None:
+        k, b = self.k, self.k.b
+        b.store(b.add(self.get("index"), k.int(k.group)), self.counters["index"])
+        more = k.int(k.group)
+        for name, size in (("panel", k.panels), ("block", k.blocks)):
+            if k.job.walk == "short":
+                break  # an item is a group of whole rows
+            value = b.add(self.get(name), more)
+            full = b.icmp_signed("==", value, size)
+            b.store(b.select(full, k.int(0), value), self.counters[name])
+            more = b.zext(full, I64)
+        b.store(b.add(self.get("outer"), more), self.counters["outer"])
 
 
 @dataclass
 class Range:
-    """The part of an item that a stage walks, in steps of one panel or one row."""
+    """The part of an item that a stage walks. Positions: along, elements; across, rows."""
 
     x: ir.Value
+    x_row: ir.Value
     out: ir.Value
     scratch: ir.Value
     count: ir.Value  # along: elements; across: columns
-    full: ir.Value  # steps that need no mask
-    steps: ir.Value
+    full: ir.Value  # positions before this one need no mask
+    end: ir.Value
 
 
 class Kernel:
@@ -173,18 +221,20 @@ class Kernel:
         self.source: Format = FORMATS[job.source]
         self.result: Format = FORMATS[job.result]
         real = _scalars.WEIGHTED[self.source.real.name] if job.weighted else self.source.real
+        self.native = FORMATS[real.name]
         self.o = Emitter(builder, real)
         self.b = builder
         self.along = job.walk == "along"
+        self.short = job.walk == "short"
         self.x, self.out, self.pairs, parameters, self.ticket = arguments
         for i, name in enumerate(PARAMETERS):
             at = builder.add(parameters, self.int(8 * i))
             setattr(self, name, builder.load(builder.inttoptr(at, I64.as_pointer())))
         self.panel = job.panel
         self.panel_elements = job.panel * self.o.width
+        self.stride = self.panel_elements if self.along else 1  # positions in one step of the walk
+        self.group = self.o.width if self.short else 1  # rows or items that are one item
         self.sets = 1 if self.along else job.panel  # states that stay separate to the end
-        # Along, two sums hide each other's latency, and more would not stay in registers.
-        self.sums = 2 if self.along else job.panel
 
     def int(self, value: int) -> ir.Constant:
         return ir.Constant(I64, value)
@@ -199,24 +249,24 @@ class Kernel:
 
     # -- geometry -----------------------------------------------------------------------------
 
-    def item(self, index: ir.Value, low: ir.Value, high: ir.Value) -> Item:
+    def item(self, cursor: Cursor, high: ir.Value, tile: ir.Value) -> Item:
+        """Where the cursor stands, nothing to do if that is ``high`` or more."""
         b = self.b
-        active = b.and_(b.icmp_signed(">=", index, low), b.icmp_signed("<", index, high))
-        index = b.select(active, index, low)
-        panel = b.urem(index, self.panels)
-        rest = b.udiv(index, self.panels)
-        block = b.urem(rest, self.blocks)
-        outer = b.udiv(rest, self.blocks)
+        index, panel, block, outer = (cursor.get(name) for name in cursor.counters)
+        active = b.icmp_signed("<", index, high)
         first, columns = self.columns(panel)
+        if self.short:
+            columns = self.smaller(b.sub(high, index), self.int(self.group))
 
         def address(base: ir.Value, by_outer: ir.Value, by_block: ir.Value, size: int) -> ir.Value:
             base = b.add(base, b.add(b.mul(outer, by_outer), b.mul(block, by_block)))
             return b.add(base, b.mul(first, self.int(size)))
 
         length = self.smaller(self.block, b.sub(self.n, b.mul(block, self.block)))
-        lane = b.add(b.mul(rest, self.inner), first)
-        if self.job.op.startswith("apply"):  # results of the whole lane, not of its blocks
-            lane = b.add(b.mul(outer, self.inner), first)
+        lane = outer
+        if not self.job.op.startswith("apply"):  # results of blocks, not of the whole lane
+            lane = b.add(b.mul(outer, self.blocks), block)
+        lane = b.add(b.mul(lane, self.inner), first)
         some = b.and_(active, b.icmp_signed(">", columns, self.int(0)))
         return Item(
             x=address(self.x, self.x_outer, self.x_block, self.source.itemsize),
@@ -225,6 +275,7 @@ class Kernel:
             columns=columns,
             results=b.select(active, columns, self.int(0)),
             length=b.select(some, length, self.int(0)),
+            tile=tile,
         )
 
     def columns(self, panel: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -233,7 +284,7 @@ class Kernel:
         Panels may start anywhere: each lane is summed by itself. So they are laid where the array
         that moves most, out or else x, has whole vectors.
         """
-        if self.along:
+        if self.job.walk != "across":
             return self.int(0), self.int(1)
         b = self.b
         most, size = self.out, self.result.itemsize
@@ -247,52 +298,59 @@ class Kernel:
         first = self.clipped(start)
         return first, b.sub(self.smaller(b.add(start, width), self.inner), first)
 
-    def range(self, item: Item, skip: ir.Value | None = None) -> Range:
-        """All of an item, or along all but the first ``skip`` elements."""
+    def range(self, item: Item) -> Range:
+        """All of an item."""
         b = self.b
         x, out, scratch, length = item.x, item.out, self.buffer, item.length
+        if self.short:
+            row = self.int(VECTOR_BYTES)
+            return Range(item.tile, row, item.tile, item.tile, item.columns, length, length)
         if not self.along:
             whole = b.icmp_signed(">=", item.columns, self.int(self.panel_elements))
             full = b.select(whole, length, self.int(0))
-            return Range(x, out, scratch, item.columns, full, length)
-        if skip is not None:
-            x = b.add(x, b.mul(skip, self.int(self.source.itemsize)))
-            out = b.add(out, b.mul(skip, self.int(self.result.itemsize)))
-            scratch = b.add(scratch, b.mul(skip, self.int(self.o.real.itemsize)))
-            length = b.sub(length, skip)
-        width = self.int(self.panel_elements)
-        full = b.sdiv(length, width)
-        steps = b.sdiv(b.add(length, self.int(self.panel_elements - 1)), width)
-        return Range(x, out, scratch, length, full, steps)
+            return Range(x, self.x_row, out, scratch, item.columns, full, length)
+        full = b.and_(length, self.int(-self.panel_elements))
+        return Range(x, self.x_row, out, scratch, length, full, length)
 
-    def masks(self, r: Range, j: ir.Value) -> list[Vector]:
-        count = r.count
-        if self.along:
-            count = self.b.sub(count, self.b.mul(j, self.int(self.panel_elements)))
-        width = self.o.width
-        return [self.o.live(self.b.sub(count, self.int(u * width))) for u in range(self.panel)]
+    def after(self, r: Range, skip: ir.Value) -> Range:
+        """Along, all but the first ``skip`` elements."""
+        b = self.b
+        length = b.sub(r.end, skip)
+        return Range(
+            x=b.add(r.x, b.mul(skip, self.int(self.source.itemsize))),
+            x_row=r.x_row,
+            out=b.add(r.out, b.mul(skip, self.int(self.result.itemsize))),
+            scratch=b.add(r.scratch, b.mul(skip, self.int(self.o.real.itemsize))),
+            count=length,
+            full=b.and_(length, self.int(-self.panel_elements)),
+            end=length,
+        )
+
+    def mask(self, r: Range, j: ir.Value, u: int) -> Vector:
+        count = self.b.sub(r.count, j) if self.along else r.count
+        return self.o.live(self.b.sub(count, self.int(u * self.o.width)))
 
     def at(self, base: ir.Value, j: ir.Value, row: ir.Value, u: int, size: int) -> ir.Value:
-        """Address of vector u of step j, for elements of ``size`` bytes."""
-        step = self.int(self.panel_elements * size) if self.along else row
+        """Address of vector u at position j, for elements of ``size`` bytes."""
+        step = self.int(size) if self.along else row
         offset = self.int(u * self.o.width * size)
         return self.b.add(self.b.add(base, self.b.mul(j, step)), offset)
 
     def x_at(self, r: Range, j: ir.Value, u: int) -> ir.Value:
-        return self.at(r.x, j, self.x_row, u, self.source.itemsize)
+        size = VECTOR_BYTES // self.o.width if self.short else self.source.itemsize
+        return self.at(r.x, j, r.x_row, u, size)
 
-    def out_at(self, r: Range, j: ir.Value, u: int) -> ir.Value:
-        return self.at(r.out, j, self.out_row, u, self.result.itemsize)
-
-    def scratch_at(self, r: Range, j: ir.Value, u: int) -> ir.Value:
+    def scratch_at(self, base: ir.Value, j: ir.Value, u: int) -> ir.Value:
         row = self.int(self.panel * VECTOR_BYTES)
-        return self.at(r.scratch, j, row, u, self.o.real.itemsize)
+        return self.at(base, j, row, u, self.o.real.itemsize)
 
     def load_x(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
-        return self.source.load(self.o, self.x_at(r, j, u), mask, fill=-float("inf"))
+        source = self.native if self.short else self.source
+        return source.load(self.o, self.x_at(r, j, u), mask, fill=-float("inf"))
 
     def store_out(self, r: Range, j: ir.Value, u: int, value: Vector, mask: Vector | None) -> None:
-        self.result.store(self.o, self.out_at(r, j, u), value, mask, self.job.past_cache)
+        place = self.at(r.out, j, self.out_row, u, self.result.itemsize)
+        self.result.store(self.o, place, value, mask, self.job.past_cache)
 
     # -- values kept between items ------------------------------------------------------------
 
@@ -323,21 +381,38 @@ class Kernel:
 
     # -- the walk -----------------------------------------------------------------------------
 
-    def walk(self, stages: "list[Stage]") -> None:
+    def walk(self, stages: "list[Stage]", next_item: Item) -> None:
         """All steps of the stages' items: together while none needs a mask, then each alone."""
         common = functools.reduce(self.smaller, [stage.range.full for stage in stages])
-        with self.o.loop(self.int(0), common) as j:
-            if self.job.walk != "short":  # a tile lies in the first-level cache
-                stages[0].prefetch(j)
+        first = stages[0]
+        first.look_ahead(next_item)
+        with self.o.loop(self.int(0), common, self.stride) as j:
+            first.prefetch(j, self.panel)
             # Last stage first: it reads the scratch that the stage before it fills.
             for stage in reversed(stages):
                 for u in range(self.panel):
                     stage.step(j, u, None)
+        # Along, what is left is taken by single vectors.
+        step, vectors = (self.o.width, 1) if self.along else (1, self.panel)
         for stage in reversed(stages):
-            with self.o.loop(common, stage.range.steps) as j:
-                masks = self.masks(stage.range, j)
-                for u in range(self.panel):
-                    stage.step(j, u, masks[u])
+            with self.o.loop(common, stage.range.end, step) as j:
+                if stage is first:
+                    first.prefetch(j, vectors)
+                masks = [self.mask(stage.range, j, u) for u in range(vectors)]
+                for u, mask in enumerate(masks):
+                    stage.step(j, u, mask)
+        for stage in reversed(stages):
+            stage.leave()
+
+    def turned_walk(self, stages: "list[Stage]", next_item: Item) -> None:
+        """The same for short rows, whose tiles lie in the first-level cache: one after the other.
+
+        Independent of each other, they hide each other's latency.
+        """
+        stages[0].look_ahead(next_item)
+        for stage in reversed(stages):
+            stage.turned()
+            stage.leave()
 
     def run(self) -> None:
         """Take chunks of items from the ticket until none is left."""
@@ -353,10 +428,12 @@ class Kernel:
         # Alone, everything is one chunk: its first items run without overlap.
         chunk = b.select(alone, self.items, self.chunk)
         chunks = b.select(alone, self.int(1), self.chunks)
-        memory = self._malloc(self.scratch)
-        self.buffer = b.and_(b.add(memory, self.int(63)), self.int(-64))
-        work_on = self.tile() if self.job.walk == "short" else self
-        stages = [kind(work_on) for kind in STAGES[self.job.op]]
+        # The second part holds inputs less their shift; the rest, the tiles of short rows.
+        parts = 2 + (MOST_STAGES if self.short else 0)
+        memory = self._malloc(b.add(b.mul(self.scratch, self.int(parts)), self.int(VECTOR_BYTES)))
+        self.buffer = b.and_(b.add(memory, self.int(VECTOR_BYTES - 1)), self.int(-VECTOR_BYTES))
+        self.shifted_x = b.add(self.buffer, self.scratch)
+        stages = [kind(self) for kind in STAGES[self.job.op]]
 
         def count(address: ir.Value, by: ir.Value) -> ir.Value:
             return b.atomic_rmw("add", b.inttoptr(address, I64.as_pointer()), by, "acq_rel")
@@ -371,10 +448,7 @@ class Kernel:
         b.position_at_end(work)
         low = b.mul(taken, chunk)
         high = self.smaller(b.add(low, chunk), self.items)
-        if self.job.walk == "short":
-            self.turned_rows(stages, low, high)
-        else:
-            self.pipeline(stages, low, high)
+        self.pipeline(stages, low, high)
         count(done_items, b.sub(high, low))
         b.branch(take)
         b.position_at_end(leave)
@@ -384,82 +458,44 @@ class Kernel:
 
     def pipeline(self, stages: "list[Stage]", low: ir.Value, high: ir.Value) -> None:
         """Items low to high, each stage one item ahead of the next."""
-        ahead = self.int(len(stages) - 1)
-        with self.o.loop(self.b.sub(low, ahead), high) as i:
-            for lag, stage in enumerate(reversed(stages)):
-                stage.enter(self.item(self.b.add(i, self.int(lag)), low, high))
-            self.walk(stages)
-            for stage in reversed(stages):
-                stage.leave()
+        b = self.b
+        slots = [Slot(b) for _ in range(len(stages) + 1)]  # the first item is only prefetched
+        tiles = [cgutils.alloca_once(b, I64) for _ in stages]
+        for i, tile in enumerate(tiles):
+            b.store(b.add(self.buffer, b.mul(self.scratch, self.int(2 + i))), tile)
+        cursor = Cursor(self, low)
+        item = self.item(cursor, high, b.load(tiles[0]))
+        slots[0].set(item)
+        zero = self.int(0)
+        for slot in slots[1:]:
+            slot.set(dataclasses.replace(item, results=zero, length=zero))
+        items = b.sub(high, low)
+        if self.short:
+            items = b.sdiv(b.add(items, self.int(self.group - 1)), self.int(self.group))
+        with self.o.loop(zero, b.add(items, self.int(len(stages) - 1))):
+            for newer, older in reversed(list(itertools.pairwise(slots))):
+                older.set(newer.get())
+            used = [b.load(tile) for tile in tiles]
+            for tile, address in zip(tiles, [*used[1:], used[0]], strict=True):
+                b.store(address, tile)
+            cursor.step()
+            slots[0].set(self.item(cursor, high, b.load(tiles[0])))
+            for stage, slot in reversed(list(zip(stages, slots[1:], strict=True))):
+                stage.enter(slot.get())
+            if self.short:
+                self.turned_walk(stages, slots[0].get())
+            else:
+                self.walk(stages, slots[0].get())
 
-    # -- short rows ---------------------------------------------------------------------------
-
-    def tile(self) -> "Kernel":
-        """The same kernel on as many short rows as a vector has elements, turned into columns."""
-        tile = copy.copy(self)
-        native = FORMATS[self.o.real.name]
-        tile.source = native
-        tile.x_row = tile.out_row = self.int(VECTOR_BYTES)
-        if not self.writes_lanes:
-            tile.result = native
-        return tile
+    @property
+    def copies_huge(self) -> bool:
+        """Whether what needs a shift gets it once, in a copy, and not in every step."""
+        return self.short or self.source == self.native
 
     @property
     def writes_lanes(self) -> bool:
         """Whether the result is one number a lane."""
         return self.job.op in (LOGSUMEXP, PAIRS, MERGE, MERGE_LOGSUMEXP, READ)
-
-    def turned_rows(self, stages: "list[Stage]", low: ir.Value, high: ir.Value) -> None:
-        """Rows low to high, one vector's worth at a time: turn, walk the columns, turn back."""
-        b, o, width = self.b, self.o, self.o.width
-        with o.loop(low, high, width) as row:
-            live = b.sub(high, row)
-            rows = [
-                b.add(row, self.smaller(self.int(i), b.sub(live, self.int(1))))
-                for i in range(width)
-            ]
-            rows = [b.add(self.x, b.mul(r, self.x_outer)) for r in rows]
-            next_rows = b.add(rows[0], b.mul(self.x_outer, self.int(PREFETCH_GROUPS * width)))
-            with o.loop(self.int(0), b.mul(self.x_outer, self.int(width)), CACHE_LINE_BYTES) as at:
-                o.prefetch(b.add(next_rows, at))
-            with o.loop(self.int(0), self.n, width) as q:
-                mask = o.live(b.sub(self.n, q))
-                offset = b.mul(q, self.int(self.source.itemsize))
-                square = o.transpose([self.source.load(o, b.add(r, offset), mask) for r in rows])
-                for j, column in enumerate(square):
-                    o.store(self.tile_at(q, j), column)
-            whole = self.int(width)
-            item = Item(
-                x=self.buffer,
-                out=self.out if self.writes_lanes else self.buffer,
-                lane=row,
-                columns=whole,
-                results=self.smaller(live, whole),
-                length=self.n,
-            )
-            for stage in stages:
-                stage.k.buffer = self.buffer
-                stage.enter(item)
-                stage.k.walk([stage])
-                stage.leave()
-            if not self.writes_lanes:
-                self.turn_back(row, live)
-
-    def turn_back(self, row: ir.Value, live: ir.Value) -> None:
-        """The tile's columns to rows of out."""
-        b, o = self.b, self.o
-        with o.loop(self.int(0), self.n, o.width) as q:
-            square = o.transpose([o.load(self.tile_at(q, j)) for j in range(o.width)])
-            mask = o.live(b.sub(self.n, q))
-            start = b.add(self.out, b.mul(q, self.int(self.result.itemsize)))
-            for i, line in enumerate(square):
-                place = b.add(start, b.mul(b.add(row, self.int(i)), self.out_outer))
-                with b.if_then(b.icmp_signed("<", self.int(i), live)):
-                    self.result.store(o, place, line, mask)
-
-    def tile_at(self, q: ir.Value, j: int) -> ir.Value:
-        row = self.b.add(q, self.int(j))
-        return self.b.add(self.buffer, self.b.mul(row, self.int(VECTOR_BYTES)))
 
     def _malloc(self, size: ir.Value) -> ir.Value:
         kind = ir.FunctionType(I8.as_pointer(), [I64])
@@ -481,17 +517,27 @@ class Stage:
         self.current = item
         self.range = self.k.range(item)
 
-    def prefetch(self, j: ir.Value) -> None:
-        """Called for the first stage, which reads x from memory; the others find it in cache."""
+    def look_ahead(self, next_item: Item) -> None:
+        """Say what the first stage, which reads x from memory, is to fetch early."""
+        b, ahead = self.k.b, self.k.ahead
+        further = b.icmp_signed("==", ahead, self.k.int(0))
+        self.ahead = b.select(further, next_item.x, b.add(self.current.x, ahead))
+
+    def prefetch(self, j: ir.Value, vectors: int) -> None:
         k = self.k
-        lines = max(1, k.panel * k.o.width * k.source.itemsize // CACHE_LINE_BYTES)
-        ahead = k.int(PREFETCH_BYTES) if k.along else k.b.mul(k.x_row, k.int(PREFETCH_ROWS))
-        start = k.b.add(k.x_at(self.range, j, 0), ahead)
+        start = k.at(self.ahead, j, k.x_row, 0, k.source.itemsize)
+        lines = max(1, vectors * k.o.width * k.source.itemsize // CACHE_LINE_BYTES)
         for line in range(lines):
             self.o.prefetch(k.b.add(start, k.int(CACHE_LINE_BYTES * line)))
 
     def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
+        """Vector u of the panel at position j."""
         raise NotImplementedError
+
+    def turned(self) -> None:
+        """The whole walk over a tile of short rows, one vector wide."""
+        with self.o.loop(self.k.int(0), self.range.end) as j:
+            self.step(j, 0, None)
 
     def leave(self) -> None:
         pass
@@ -511,7 +557,7 @@ class Maximum(Stage):
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
-        self.parts = kernel.variables(kernel.sums)
+        self.parts = kernel.variables(kernel.sets)
         self.m = kernel.m = kernel.variables(kernel.sets)  # of the item that just passed
 
     def enter(self, item: Item) -> None:
@@ -520,20 +566,75 @@ class Maximum(Stage):
             part.set(self.o.const(-float("inf")))
 
     def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
-        x = self.k.load_x(self.range, j, u, mask)
-        part = self.parts[u % self.k.sums]
+        self.take(self.k.load_x(self.range, j, u, mask), u)
+
+    def take(self, x: Vector, u: int) -> None:
+        part = self.parts[u % self.k.sets]
         part.set(self.o.larger(x, part.get()))
 
+    def turned(self) -> None:
+        """Rows of x to the columns of the tile, a square in registers at a time."""
+        k, b, o, item = self.k, self.k.b, self.o, self.current
+        last = b.sub(item.columns, k.int(1))
+        lines = [b.add(item.x, b.mul(k.x_outer, k.smaller(k.int(i), last))) for i in range(o.width)]
+        with o.loop(k.int(0), b.mul(k.x_outer, k.int(o.width)), CACHE_LINE_BYTES) as at:
+            o.prefetch(b.add(self.ahead, at))
+        with o.loop(k.int(0), item.length, o.width) as q:
+            mask = o.live(b.sub(item.length, q))
+            offset = b.mul(q, k.int(k.source.itemsize))
+            rows = [
+                k.source.load(o, b.add(line, offset), mask, fill=-float("inf")) for line in lines
+            ]
+            for j, column in enumerate(o.transpose(rows)):
+                self.take(column, 0)
+                o.store(k.scratch_at(item.tile, b.add(q, k.int(j)), 0), column)
+
     def leave(self) -> None:
-        if self.k.along:
-            m = functools.reduce(self.o.larger, [part.get() for part in self.parts])
-            self.m[0].set(self.o.max_of_elements(m))
-        else:
-            for m, part in zip(self.m, self.parts, strict=True):
-                m.set(part.get())
+        for m, part in zip(self.m, self.parts, strict=True):
+            m.set(self.o.max_of_elements(part.get()) if self.k.along else part.get())
 
 
-class Sum(Stage):
+class Terms(Stage):
+    """A stage that computes exp of x, whose maximum is known."""
+
+    def scale(self, m: list[Variable], weights: bool = False) -> None:
+        """Fix the scales. Items of huge numbers, rare, are copied less their shift, and read so."""
+        k, b, o = self.k, self.k.b, self.o
+        self.scales = [_scalars.scale(o, one.get()) for one in m]
+        self.maxima = [one.get() for one in m]
+        # What equals it is a largest element.
+        self.peaks = [by.near for by in self.scales] if k.source.may_be_huge else self.maxima
+        self.weights = b.add(self.range.x, b.sub(k.pairs, k.x))
+        if not k.copies_huge:
+            return
+        shifts = [abs(by.shift) > o.const(0.0) for by in self.scales]
+        huge = o.any(functools.reduce(lambda p, q: p | q, shifts))
+        r = self.range
+        with b.if_then(huge, likely=False):
+            step, vectors = (o.width, 1) if k.along else (1, k.panel)
+            with o.loop(k.int(0), r.end, step) as j:
+                for u in range(vectors):
+                    x = k.load_x(r, j, u, None if k.short else k.mask(r, j, u))
+                    o.store(k.scratch_at(k.shifted_x, j, u), self.shifted(x, u))
+        row = k.int(k.panel * VECTOR_BYTES)
+        self.range = dataclasses.replace(
+            r,
+            x=b.select(huge, k.shifted_x, r.x),
+            x_row=b.select(huge, row, r.x_row),
+        )
+
+    def shifted(self, x: Vector, u: int) -> Vector:
+        u %= self.k.sets
+        return _scalars.shifted(self.o, x, self.maxima[u], self.scales[u])
+
+    def load(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
+        """x, less the shift."""
+        k = self.k
+        x = k.load_x(r, j, u, mask)
+        return self.shifted(x, u) if k.source.may_be_huge and not k.copies_huge else x
+
+
+class Sum(Terms):
     """s + c of the lane, whose m is known; the terms stay in scratch if the op wants them again.
 
     Where a vector is not full, x is -inf: terms as good as 0.
@@ -547,47 +648,54 @@ class Sum(Stage):
         super().__init__(kernel)
         self.m = kernel.variables(kernel.sets)
         self.count = kernel.variables(kernel.sets)
-        self.s = kernel.variables(kernel.sums)
-        self.c = kernel.variables(kernel.sums)
+        self.s = kernel.variables(kernel.sets)
+        self.c = kernel.variables(kernel.sets)
+        # Not less than any term, which makes adding a term cheap; but it hides the last bits of
+        # small sums, which the logarithms want.
+        more = 0.0 if self.counts_largest else 2.0 ** (self.o.real.bias + 1)
+        self.start = self.o.const(more)
 
     def enter(self, item: Item) -> None:
         super().enter(item)
         for mine, passed in zip(self.m, self.k.m, strict=True):
             mine.set(passed.get())
-        for part in (*self.count, *self.s, *self.c):
+        for part in (*self.count, *self.c):
             part.set(self.o.const(0.0))
-        self.scales = [_scalars.scale(self.o, m.get()) for m in self.m]
+        for part in self.s:
+            part.set(self.start)
+        self.scale(self.m)
 
     def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
         o, k = self.o, self.k
-        x = k.load_x(self.range, j, u, mask)
+        x = self.load(self.range, j, u, mask)
         by = self.scales[u % k.sets]
-        terms = [_scalars.exp(o, x, by)] if self.rounded_terms else _scalars.exp_two_parts(o, x, by)
-        one, zero = o.const(1.0), o.const(0.0)
+        s, c = self.s[u % k.sets], self.c[u % k.sets]
+        weight = None
         if k.job.weighted:
-            weight = k.b.add(k.x_at(self.range, j, u), k.b.sub(k.pairs, k.x))
-            one = k.source.load(o, weight, mask)
-            terms = [term * one for term in terms]
-        if self.keeps_terms:
-            o.store(k.scratch_at(self.range, j, u), terms[0])
+            weight = k.source.load(o, k.at(self.weights, j, k.x_row, u, k.source.itemsize), mask)
+        skip = None
         if self.counts_largest:
-            largest = x == self.m[u % k.sets].get()
-            terms = [o.where(largest, zero, term) for term in terms]
+            skip = x == self.peaks[u % k.sets]
             count = self.count[u % k.sets]
-            count.set(count.get() + o.where(largest, one, zero))
-        part = u % k.sums
-        s, c = _scalars.add(self.s[part].get(), self.c[part].get(), terms[0])
-        for low in terms[1:]:
-            c = c + low
-        self.s[part].set(s)
-        self.c[part].set(c)
+            one = o.const(1.0) if weight is None else weight
+            count.set(o.where(skip, count.get() + one, count.get()))
+        if self.rounded_terms:
+            term, low = _scalars.exp(o, x, by, skip, weight), c.get()
+        else:
+            term, low = _scalars.exp_two_parts(o, x, by, c.get(), skip, weight)
+        if self.keeps_terms:
+            o.store(k.scratch_at(self.range.scratch, j, u), term)
+        add = _scalars.add if self.counts_largest else _scalars.add_to_more
+        for variable, value in zip((s, c), add(s.get(), low, term), strict=True):
+            variable.set(value)
 
     def leave(self) -> None:
         k, o = self.k, self.o
+        if not self.counts_largest:
+            for s in self.s:
+                s.set(s.get() - self.start)  # without rounding
         if k.along:
-            parts = [(s.get(), c.get()) for s, c in zip(self.s, self.c, strict=True)]
-            s, c = functools.reduce(lambda p, q: _scalars.merge(*p, *q), parts)
-            s, c = o.sum_of_elements(s, c)
+            s, c = o.sum_of_elements(self.s[0].get(), self.c[0].get())
             self.s[0].set(s)
             self.c[0].set(c)
             if self.counts_largest:
@@ -668,35 +776,49 @@ class Output(Stage):
         bytes_ = k.o.width * k.result.itemsize
         misaligned = b.and_(b.sub(k.int(0), item.out), k.int(bytes_ - 1))
         skip = k.smaller(b.sdiv(misaligned, k.int(k.result.itemsize)), item.length)
-        r = self.range
-        self.step_at(r, k.int(0), 0, k.o.live(skip))
-        self.range = k.range(item, skip)
+        self.step_at(self.range, k.int(0), 0, k.o.live(skip))
+        self.range = k.after(self.range, skip)
 
     def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
         self.step_at(self.range, j, u, mask)
 
     def step_at(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> None:
+        self.k.store_out(r, j, u, self.value(r, j, u, mask), mask)
+
+    def value(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
+        """One vector of the result."""
         raise NotImplementedError
+
+    def turned(self) -> None:
+        """The tile's columns to rows of out."""
+        k, b, o, item = self.k, self.k.b, self.o, self.current
+        with o.loop(k.int(0), item.length, o.width) as q:
+            columns = [self.value(self.range, b.add(q, k.int(j)), 0, None) for j in range(o.width)]
+            mask = o.live(b.sub(item.length, q))
+            start = b.add(item.out, b.mul(q, k.int(k.result.itemsize)))
+            for i, line in enumerate(o.transpose(columns)):
+                place = b.add(start, b.mul(k.int(i), k.out_outer))
+                with b.if_then(b.icmp_signed("<", k.int(i), item.columns)):
+                    k.result.store(o, place, line, mask)
 
 
 class Scale(Output):
     """softmax from the terms in scratch."""
 
-    def step_at(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> None:
+    def value(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
         k = self.k
-        term = self.o.load(k.scratch_at(r, j, u))
+        term = self.o.load(k.scratch_at(r.scratch, j, u))
         high, low = self.first[u % k.sets].get(), self.second[u % k.sets].get()
-        k.store_out(r, j, u, _scalars.softmax(self.o, term, high, low), mask)
+        return _scalars.softmax(self.o, term, high, low)
 
 
 class Subtract(Output):
     """log_softmax, reading x again."""
 
-    def step_at(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> None:
+    def value(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
         k = self.k
-        x = k.load_x(r, j, u, mask)
         m, log_ = self.first[u % k.sets].get(), self.second[u % k.sets].get()
-        k.store_out(r, j, u, _scalars.log_softmax(x, m, log_), mask)
+        return _scalars.log_softmax(k.load_x(r, j, u, mask), m, log_)
 
 
 class Apply(Output):
@@ -722,12 +844,12 @@ class Apply(Output):
         raise NotImplementedError
 
 
-class ApplySoftmax(Apply):
+class ApplySoftmax(Apply, Terms):
     """softmax in a second reading of x."""
 
     def parameters(self) -> None:
         super().parameters()
-        self.scales = [_scalars.scale(self.o, m.get()) for m in self.m]
+        self.scale(self.m)
 
     def finish(self, m: Variable, s: Variable, c: Variable) -> None:
         total = _scalars.whole(self.o, m.get(), s.get(), c.get())
@@ -735,12 +857,11 @@ class ApplySoftmax(Apply):
         s.set(high)
         c.set(low)
 
-    def step_at(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> None:
+    def value(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
         k = self.k
-        x = k.load_x(r, j, u, mask)
-        term = _scalars.exp(self.o, x, self.scales[u % k.sets])
+        term = _scalars.exp(self.o, self.load(r, j, u, mask), self.scales[u % k.sets])
         high, low = self.first[u % k.sets].get(), self.second[u % k.sets].get()
-        k.store_out(r, j, u, _scalars.softmax(self.o, term, high, low), mask)
+        return _scalars.softmax(self.o, term, high, low)
 
 
 class ApplyLogSoftmax(Apply):
@@ -749,11 +870,10 @@ class ApplyLogSoftmax(Apply):
     def finish(self, m: Variable, s: Variable, c: Variable) -> None:
         s.set(_scalars.log_sum(self.o, m.get(), s.get(), c.get())[0])
 
-    def step_at(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> None:
+    def value(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
         k = self.k
-        x = k.load_x(r, j, u, mask)
         m, log_ = self.m[u % k.sets].get(), self.first[u % k.sets].get()
-        k.store_out(r, j, u, _scalars.log_softmax(x, m, log_), mask)
+        return _scalars.log_softmax(k.load_x(r, j, u, mask), m, log_)
 
 
 class Copy(Output):
@@ -762,8 +882,8 @@ class Copy(Output):
     def parameters(self) -> None:
         """There are none."""
 
-    def step_at(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> None:
-        self.k.store_out(r, j, u, self.k.load_x(r, j, u, mask), mask)
+    def value(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
+        return self.k.load_x(r, j, u, mask)
 
 
 class Read(Maximum):
@@ -790,7 +910,7 @@ class Merge(SumForPairs):
     def enter(self, item: Item) -> None:
         self.current, self.range = item, self.k.range(item)
         o, k = self.o, self.k
-        (mask,) = k.masks(self.range, k.int(0))
+        mask = k.mask(self.range, k.int(0), 0)
         m, count, s, c = self.m[0], self.count[0], self.s[0], self.c[0]
         m.set(o.const(-float("inf")))
         for part in (count, s, c):
@@ -803,12 +923,15 @@ class Merge(SumForPairs):
             largest = part_m == m.get()
             count.set(count.get() + o.where(largest, one, zero))
             factor = _scalars.rescale(o, part_m, m.get())
-            term = _scalars.exp(o, part_m, _scalars.scale(o, m.get()))
-            term = o.where(largest, zero, term)
+            by = _scalars.scale(o, m.get())
+            term = o.where(largest, zero, _scalars.exp(o, part_m - by.shift, by))
             s2, c2 = _scalars.merge(term, zero, factor * s2, factor * c2)
             s2, c2 = _scalars.merge(s.get(), c.get(), s2, c2)
             s.set(s2)
             c.set(c2)
+
+    def prefetch(self, j: ir.Value, vectors: int) -> None:
+        """The pairs are in cache."""
 
     def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
         """Nothing is left for the walk to do."""
@@ -821,8 +944,6 @@ class Merge(SumForPairs):
         self.finish(self.k.int(0), m, s, c)
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
-        infinite = m.get() == self.o.const(float("inf"))  # no terms for softmax to divide
-        s.set(self.o.where(infinite, self.o.const(float("nan")), s.get()))
         self.write(u, (m.get(), s.get(), c.get()))
 
 
@@ -846,6 +967,9 @@ STAGES: dict[str, tuple[type[Stage], ...]] = {
     COPY: (Copy,),
     READ: (Read,),
 }
+
+
+MOST_STAGES = max(len(stages) for stages in STAGES.values())
 
 
 # -- the compiled entry ---------------------------------------------------------------------------

@@ -23,6 +23,13 @@ class Format:
         """Half precision is computed in float32, integers in float64."""
         return _scalars.FLOAT32 if self.kind in "fV" and self.itemsize < 8 else _scalars.FLOAT64
 
+    @property
+    def may_be_huge(self) -> bool:
+        """Whether a maximum of this format may need a shift."""
+        if self.kind in "iub":
+            return 2.0 ** (8 * self.itemsize) > self.real.exact
+        return self.name != "float16"
+
     def _memory(self, o: Emitter) -> ir.VectorType:
         element = FLOATS[self.name] if self.kind == "f" else ir.IntType(8 * self.itemsize)
         return ir.VectorType(element, o.width)

@@ -78,7 +78,8 @@ def pairs(o: Operations, x: Array, weights: Array | None = None) -> tuple[Array,
     by = _scalars.scale(o, m[:, None])
     one = np.ones_like(x) if weights is None else weights
     largest = x == m[:, None]
-    terms = [np.where(largest, 0, part * one) for part in _scalars.exp_two_parts(o, x, by)]
+    near = _scalars.shifted(o, x, m[:, None], by)
+    terms = _scalars.exp_two_parts(o, near, by, o.const(0.0), largest, one)
     s, c = sum_pairs(*terms)
     s, c = _scalars.with_equals(o, m, (largest * one).sum(axis=1), s, c)
     return m, s, c
@@ -95,8 +96,8 @@ def run(op: str, rows: Array) -> Array:
             value = _scalars.logsumexp(o, m, s, c)
         elif op == SOFTMAX:
             high, low = _scalars.reciprocal(o, m, *_scalars.whole(o, m, s, c))
-            high = np.where(m == np.inf, o.const(np.nan), high)
-            terms = _scalars.exp(o, x, _scalars.scale(o, m[:, None]))
+            by = _scalars.scale(o, m[:, None])
+            terms = _scalars.exp(o, _scalars.shifted(o, x, m[:, None], by), by)
             value = _scalars.softmax(o, terms, high[:, None], low[:, None])
         else:
             log, _ = _scalars.log_sum(o, m, s, c)

@@ -19,10 +19,10 @@ class Limits:
     """
 
     # Rows up to this long are turned in registers, a vector's worth of rows at a time: what the row
-    # pipeline spends on each row, 250 cycles or more, weighs more than two transposes. Equal at 110
-    # (float32) and 75 (float64), for logsumexp, which turns once, at twice that (Zen 4).
-    short_float32_elements: int = 96
-    short_float64_elements: int = 64
+    # pipeline spends on each row, 220 cycles or more, weighs more than two transposes. Equal at 200
+    # (float32) and 110 (float64), for logsumexp, which turns once, at twice that (Zen 4).
+    short_float32_elements: int = 192
+    short_float64_elements: int = 112
     # A lane up to this long stays in the second-level cache (1 MB a core) with the two behind it.
     lane_bytes: int = 192 * 1024
     # Longer ones are cut into blocks: big enough that merging them costs nothing, small enough that
@@ -47,6 +47,11 @@ class Limits:
     chunk_bytes: int = 32 * 1024
     # Outputs larger than this (half of the last-level cache) are stored past the cache.
     past_cache_bytes: int = 16 * 1024 * 1024
+    # Items up to this long are fetched while the item before them is worked on: so nothing is
+    # missed where one ends. Longer ones so many bytes or rows ahead (4 to 16 KB were alike).
+    next_item_bytes: int = 64 * 1024
+    ahead_bytes: int = 4096
+    ahead_rows: int = 8
     # Arrays that no kernel walks are packed to rows in pieces of this size.
     packed_bytes: int = 512 * 1024
 
@@ -96,6 +101,15 @@ def chunk_items(items: int, item_bytes: int, group: int, threads: int) -> int:
     return -(-max(1, least, share) // group) * group
 
 
+def prefetch_bytes(walk: str, item_bytes: int, row_bytes: int) -> int:
+    """How far ahead of the walk x is fetched; 0 for the next item."""
+    if walk == "short":
+        return LIMITS.ahead_bytes
+    if item_bytes <= LIMITS.next_item_bytes:
+        return 0
+    return LIMITS.ahead_bytes if walk == "along" else LIMITS.ahead_rows * row_bytes
+
+
 def _across_panel(inner: int, width: int) -> int:
     """One vector, or two: four would spill registers and gain nothing (Zen 4)."""
     return 1 if inner <= width else 2
@@ -108,12 +122,8 @@ def plan(
     inner: int,
     compute_itemsize: int,
     result_itemsize: int,
-    native: bool,
 ) -> Plan:
-    """The regime of an array folded to ``(outer, n, inner)``. First line that holds wins.
-
-    ``native``: the input is float32 or float64, which is what the turned rows can read.
-    """
+    """The regime of an array folded to ``(outer, n, inner)``. First line that holds wins."""
     limits = LIMITS
     width = VECTOR_BYTES // compute_itemsize
     lane = n * compute_itemsize
@@ -131,7 +141,7 @@ def plan(
         if n * row > (limits.few_panels_bytes if few else limits.panel_bytes):
             return Plan("across", panel, max(8, limits.panel_block_bytes // row), past_cache)
         return Plan("across", panel, n, past_cache)
-    if native and n <= short and outer >= width // 2:
+    if n <= short and outer >= width // 2:
         return Plan("short", 1, n)
     if lane > (limits.few_lanes_bytes if outer < limits.few_lanes else limits.lane_bytes):
         return Plan("along", 4, limits.block_bytes // compute_itemsize, past_cache)

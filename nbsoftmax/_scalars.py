@@ -1,9 +1,10 @@
 """The mathematics of softmax on one page, written once for every machine that runs it.
 
 The terms of a lane (one vector along the reduced axis) are ``e^(x_i - shift)`` times a power of
-two, both fixed by ``m = max x_i`` in `scale`.  The lane is summarised by the pair ``(m, s + c)``:
-its maximum and the sum of all terms but one largest.  A sum is kept in two parts: ``c`` collects
-what rounding took from ``s``.  Kernels only decide in which order numbers meet.
+two, both fixed by ``m = max x_i`` in `scale`; the shift is 0 unless m is huge.  The lane is
+summarised by the pair ``(m, s + c)``: its maximum and the sum of all terms but one largest.  A sum
+is kept in two parts: ``c`` collects what rounding took from ``s``.  Kernels only decide in which
+order numbers meet.
 
 Two ideas carry the accuracy:
 
@@ -11,7 +12,7 @@ Two ideas carry the accuracy:
   ``x * log2(e)`` has no fraction bits left), so ``x - m`` is not rounded.  The bias keeps small
   terms normal numbers: a result underflows once, gradually, in the last multiplication.
 * The largest terms are counted, not summed, and the logarithm is taken of ``1 + rest``: so a lane
-  dominated by one element keeps its small part.  (softmax needs the whole sum and skips this.)
+  dominated by one element keeps its small part.  (softmax needs the whole sum, which is cheaper.)
 
 Every function takes ``o``, the operations of one machine: LLVM vectors (``_simd.Emitter``) or NumPy
 arrays (``_plain.Operations``).  A value knows ``+ - * /`` and comparisons; ``o`` has the rest.
@@ -117,8 +118,8 @@ WEIGHTED = {
 class Scale:
     """How the terms of one lane are scaled: fixed by its maximum alone."""
 
-    shift: Value  # subtracted from x; 0 unless the maximum is huge
-    top: Value  # binary exponent of the largest term before the bias
+    shift: Value  # to be subtracted from x before exp; 0 unless the maximum is huge
+    near: Value  # the maximum less the shift
     floor: Value  # smaller inputs are treated as this one
     magic: Value  # rounds x * log2(e) to an integer and holds it as a biased exponent field
 
@@ -134,7 +135,12 @@ def scale(o: Operations, m: Value) -> Scale:
     top = o.fma(near, o.const(real.log2e), o.const(real.round)) - o.const(real.round)
     floor = (top - o.const(real.clamp)) * o.const(real.ln2_hi)
     magic = o.const(real.round + real.bias + real.one_exponent) - top
-    return Scale(shift, top, floor, magic)
+    return Scale(shift, near, floor, magic)
+
+
+def shifted(o: Operations, x: Value, m: Value, by: Scale) -> Value:
+    """``x - shift``; what equals m becomes ``near``, for a maximum of inf too. NaN stays NaN."""
+    return o.where(x == m, by.near, x - by.shift)
 
 
 def horner(o: Operations, x: Value, coefficients: tuple[float, ...]) -> Value:
@@ -145,29 +151,54 @@ def horner(o: Operations, x: Value, coefficients: tuple[float, ...]) -> Value:
     return total
 
 
-def _reduced(o: Operations, x: Value, by: Scale) -> tuple[Value, Value, Value]:
-    """``x - shift = k ln 2 + r``: the tail q of e^r = 1 + q r, r, and 2^k with the lane's bias."""
+def _reduced(
+    o: Operations, x: Value, by: Scale, weight: Value | None
+) -> tuple[Value, Value, Value]:
+    """``x = k ln 2 + r``: the tail q of e^r = 1 + q r, r, and 2^k with the lane's bias."""
     real = o.real
-    y = o.larger(by.floor, x - by.shift)  # this order keeps a NaN in x
+    y = o.larger(by.floor, x)  # this order keeps a NaN in x
     t = o.fma(y, o.const(real.log2e), by.magic)
     k = t - by.magic
     r = o.fma(k, o.const(-real.ln2_lo), o.fma(k, o.const(-real.ln2_hi), y))
     q = o.fma(horner(o, r, real.exp), r, o.const(1.0))
-    return q, r, o.power_of_two(t)
+    power = o.power_of_two(t)
+    return q, r, power if weight is None else power * weight
 
 
-def exp(o: Operations, x: Value, by: Scale) -> Value:
-    """``2^(bias - top) e^(x - shift)`` for ``x <= m`` or NaN; 0.6 ulp, -inf gives as good as 0."""
-    q, r, power = _reduced(o, x, by)
+def exp(
+    o: Operations, x: Value, by: Scale, skip: Value | None = None, weight: Value | None = None
+) -> Value:
+    """``2^(bias - top) e^x`` for a shifted ``x <= m`` or NaN; 0.6 ulp, -inf gives as good as 0.
+
+    0 where ``skip`` holds.
+    """
+    q, r, power = _reduced(o, x, by, weight)
     # A product and not an addition to the exponent bits: those would turn some NaNs into numbers.
-    return o.fma(q, r, o.const(1.0)) * power
+    term = o.fma(q, r, o.const(1.0)) * power
+    return term if skip is None else o.where(skip, o.const(0.0), term)
 
 
-def exp_two_parts(o: Operations, x: Value, by: Scale) -> tuple[Value, Value]:
-    """`exp`, bit for bit, and what its last addition rounded away."""
-    q, r, power = _reduced(o, x, by)
+def exp_two_parts(
+    o: Operations,
+    x: Value,
+    by: Scale,
+    low: Value,
+    skip: Value | None = None,
+    weight: Value | None = None,
+) -> tuple[Value, Value]:
+    """`exp`, bit for bit, and ``low`` plus what its last addition rounded away."""
+    q, r, power = _reduced(o, x, by, weight)
     p = o.fma(q, r, o.const(1.0))
-    return p * power, o.fma(q, r, o.const(1.0) - p) * power
+    term, lower = p * power, o.fma(o.fma(q, r, o.const(1.0) - p), power, low)
+    if skip is not None:
+        term, lower = o.where(skip, o.const(0.0), term), o.where(skip, low, lower)
+    return term, lower
+
+
+def largest(o: Operations, m: Value) -> tuple[Value, Value]:
+    """The largest term of a lane in two parts."""
+    by = scale(o, m)
+    return exp_two_parts(o, by.near, by, o.const(0.0))
 
 
 def two_sum(a: Value, b: Value) -> tuple[Value, Value]:
@@ -183,6 +214,12 @@ def add(s: Value, c: Value, term: Value) -> tuple[Value, Value]:
     return s, c + rest
 
 
+def add_to_more(s: Value, c: Value, term: Value) -> tuple[Value, Value]:
+    """`add` at half the price, for ``s >= term >= 0`` (Dekker)."""
+    total = s + term
+    return total, c + (term - (total - s))
+
+
 def merge(s: Value, c: Value, s2: Value, c2: Value) -> tuple[Value, Value]:
     """Join two sums of the same scale."""
     s, c = add(s, c, s2)
@@ -194,7 +231,8 @@ def rescale(o: Operations, m: Value, whole: Value) -> Value:
 
     A power of two, and so without rounding, unless one of the two scales has a shift.
     """
-    ratio = exp(o, m, scale(o, whole)) / exp(o, m, scale(o, m))
+    by = scale(o, whole)
+    ratio = exp(o, m - by.shift, by) / largest(o, m)[0]
     limit = o.const(float("inf"))
     return o.where((abs(m) < limit) & (abs(whole) < limit), ratio, o.const(0.0))
 
@@ -204,10 +242,10 @@ def with_equals(o: Operations, m: Value, count: Value, s: Value, c: Value) -> tu
 
     0 for an infinite m, unless the lane holds a NaN.
     """
-    largest = exp(o, m, scale(o, m))
+    term, _ = largest(o, m)
     others = count - o.const(1.0)
-    product = others * largest
-    rest = o.fma(others, largest, o.const(0.0) - product)
+    product = others * term
+    rest = o.fma(others, term, o.const(0.0) - product)
     total, c = add(product, c + rest, s)
     infinite = (abs(m) == o.const(float("inf"))) & (s == s)
     zero = o.const(0.0)
@@ -216,15 +254,15 @@ def with_equals(o: Operations, m: Value, count: Value, s: Value, c: Value) -> tu
 
 def whole(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
     """The sum of all terms from that of all but one largest."""
-    return add(exp(o, m, scale(o, m)), c, s)
+    return add(largest(o, m)[0], c, s)
 
 
 def reciprocal(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
-    """``1 / (s + c)`` of the whole sum in two parts; NaN for a lane of ``-inf``."""
+    """``1 / (s + c)`` of the whole sum in two parts; NaN if m is infinite."""
     total, rest = two_sum(s, c)
     high = o.const(1.0) / total
     low = high * (o.fma(o.const(0.0) - high, total, o.const(1.0)) - high * rest)
-    return o.where(m == o.const(-float("inf")), o.const(float("nan")), high), low
+    return o.where(abs(m) == o.const(float("inf")), o.const(float("nan")), high), low
 
 
 def softmax(o: Operations, term: Value, high: Value, low: Value) -> Value:
@@ -260,14 +298,15 @@ def log1p(o: Operations, y: Value, y_low: Value) -> tuple[Value, Value]:
 
 def ratio_to_largest(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
     """The pair's sum over its largest term, in two parts."""
-    largest, largest_low = exp_two_parts(o, m, scale(o, m))
-    y = s / largest
-    return y, ((o.fma(o.const(0.0) - y, largest, s) + c) - y * largest_low) / largest
+    term, low = largest(o, m)
+    y = s / term
+    return y, ((o.fma(o.const(0.0) - y, term, s) + c) - y * low) / term
 
 
 def log_sum(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
     """``log sum e^(x_i - m)`` of a pair in two parts; NaN where m is +inf, 0 where it is -inf."""
-    return log1p(o, *ratio_to_largest(o, m, s, c))
+    log, low = log1p(o, *ratio_to_largest(o, m, s, c))
+    return o.where(m == o.const(float("inf")), o.const(float("nan")), log), low
 
 
 def logsumexp(o: Operations, m: Value, s: Value, c: Value) -> Value:

@@ -143,6 +143,11 @@ class Emitter:
         shifted = k + self.const(self.real.round + self.real.one_exponent)
         return a * self.power_of_two(shifted)
 
+    def any(self, mask: Vector) -> ir.Value:
+        """Whether a mask holds anywhere."""
+        bits = ir.IntType(self.width)
+        return self.b.icmp_unsigned("!=", self.b.bitcast(mask.value, bits), ir.Constant(bits, 0))
+
     # -- across the elements of one vector ------------------------------------------------------
 
     def shuffle(self, a: Vector, b: Vector, index: Sequence[int]) -> Vector:

@@ -1,6 +1,7 @@
 """What LLVM made of the kernels: hot loops of packed instructions and nothing else.
 
-A loop is hot if it computes exp, which it shows by its many fused multiply-adds.
+A loop is hot if it computes exp, which it shows by its many fused multiply-adds, and nothing of a
+lane or a chunk, which it would show by a division or a lock.
 """
 
 import functools
@@ -28,6 +29,7 @@ EXP_FMAS = 6  # at least: the reduction and the polynomial
 
 PACKED_FMA = re.compile(r"\bvfn?m(?:add|sub)\w*p[sd]\b")
 SCALAR = re.compile(r"\bv?(?:add|sub|mul|div|max|min|sqrt|fn?m(?:add|sub)\d+|u?comi)s[sd]\b")
+DIVISION = re.compile(r"\b(?:v?div\w+|lock)\b")
 LABEL = re.compile(r"^(\.?L\w+):")
 JUMP = re.compile(r"^\s+j\w+\s+(\.?L\w+)\s*$")
 SYMBOL = re.compile(r"\bmovabsq\s+\$([A-Za-z_]\w*)")
@@ -89,7 +91,11 @@ def innermost_loops(lines):
 
 
 def hot_loops(job):
-    hot = [loop for loop in innermost_loops(body(job)) if len(PACKED_FMA.findall(loop)) >= EXP_FMAS]
+    hot = [
+        loop
+        for loop in innermost_loops(body(job))
+        if len(PACKED_FMA.findall(loop)) >= EXP_FMAS and not DIVISION.search(loop)
+    ]
     assert hot, "no loop computes exp"
     return hot
 
