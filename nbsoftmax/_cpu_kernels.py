@@ -330,6 +330,13 @@ class Kernel:
         count = self.b.sub(r.count, j) if self.along else r.count
         return self.o.live(self.b.sub(count, self.int(u * self.o.width)))
 
+    def everywhere(self, r: Range) -> Iterator[tuple[ir.Value, int, Vector | None]]:
+        """A loop over all of a range, for what is too rare to have its own place in the walk."""
+        step, vectors = (self.o.width, 1) if self.along else (1, self.panel)
+        with self.o.loop(self.int(0), r.end, step) as j:
+            for u in range(vectors):
+                yield j, u, None if self.short else self.mask(r, j, u)
+
     def at(self, base: ir.Value, j: ir.Value, row: ir.Value, u: int, size: int) -> ir.Value:
         """Address of vector u at position j, for elements of ``size`` bytes."""
         step = self.int(size) if self.along else row
@@ -597,7 +604,7 @@ class Maximum(Stage):
 class Terms(Stage):
     """A stage that computes exp of x, whose maximum is known."""
 
-    def scale(self, m: list[Variable], weights: bool = False) -> None:
+    def scale(self, m: list[Variable]) -> None:
         """Fix the scales. Items of huge numbers, rare, are copied less their shift, and read so."""
         k, b, o = self.k, self.k.b, self.o
         self.scales = [_scalars.scale(o, one.get()) for one in m]
@@ -611,11 +618,9 @@ class Terms(Stage):
         huge = o.any(functools.reduce(lambda p, q: p | q, shifts))
         r = self.range
         with b.if_then(huge, likely=False):
-            step, vectors = (o.width, 1) if k.along else (1, k.panel)
-            with o.loop(k.int(0), r.end, step) as j:
-                for u in range(vectors):
-                    x = k.load_x(r, j, u, None if k.short else k.mask(r, j, u))
-                    o.store(k.scratch_at(k.shifted_x, j, u), self.shifted(x, u))
+            for j, u, mask in k.everywhere(r):
+                x = self.shifted(k.load_x(r, j, u, mask), u)
+                o.store(k.scratch_at(k.shifted_x, j, u), x)
         row = k.int(k.panel * VECTOR_BYTES)
         self.range = dataclasses.replace(
             r,
@@ -641,71 +646,49 @@ class Sum(Terms):
     """
 
     keeps_terms = False
-    counts_largest = True  # instead of summing them
-    rounded_terms = True  # or their last addition is kept too, for the strictest budget
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
-        self.m = kernel.variables(kernel.sets)
-        self.count = kernel.variables(kernel.sets)
-        self.s = kernel.variables(kernel.sets)
-        self.c = kernel.variables(kernel.sets)
-        # Not less than any term, which makes adding a term cheap; but it hides the last bits of
-        # small sums, which the logarithms want.
-        more = 0.0 if self.counts_largest else 2.0 ** (self.o.real.bias + 1)
-        self.start = self.o.const(more)
+        self.m, self.s, self.c = (kernel.variables(kernel.sets) for _ in range(3))
+        # Not less than any term, which makes adding a term cheap.
+        self.start = self.o.const(2.0 ** (self.o.real.bias + 1))
 
     def enter(self, item: Item) -> None:
         super().enter(item)
         for mine, passed in zip(self.m, self.k.m, strict=True):
             mine.set(passed.get())
-        for part in (*self.count, *self.c):
-            part.set(self.o.const(0.0))
-        for part in self.s:
-            part.set(self.start)
+        self.reset(self.start)
         self.scale(self.m)
+
+    def reset(self, start: Vector) -> None:
+        for s, c in zip(self.s, self.c, strict=True):
+            s.set(start)
+            c.set(self.o.const(0.0))
 
     def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
         o, k = self.o, self.k
-        x = self.load(self.range, j, u, mask)
-        by = self.scales[u % k.sets]
         s, c = self.s[u % k.sets], self.c[u % k.sets]
-        weight = None
-        if k.job.weighted:
-            weight = k.source.load(o, k.at(self.weights, j, k.x_row, u, k.source.itemsize), mask)
-        skip = None
-        if self.counts_largest:
-            skip = x == self.peaks[u % k.sets]
-            count = self.count[u % k.sets]
-            one = o.const(1.0) if weight is None else weight
-            count.set(o.where(skip, count.get() + one, count.get()))
-        if self.rounded_terms:
-            term, low = _scalars.exp(o, x, by, skip, weight), c.get()
-        else:
-            term, low = _scalars.exp_two_parts(o, x, by, c.get(), skip, weight)
+        term = _scalars.exp(o, self.load(self.range, j, u, mask), self.scales[u % k.sets])
         if self.keeps_terms:
             o.store(k.scratch_at(self.range.scratch, j, u), term)
-        add = _scalars.add if self.counts_largest else _scalars.add_to_more
-        for variable, value in zip((s, c), add(s.get(), low, term), strict=True):
+        for variable, value in zip(
+            (s, c), _scalars.add_to_more(s.get(), c.get(), term), strict=True
+        ):
             variable.set(value)
 
     def leave(self) -> None:
-        k, o = self.k, self.o
-        if not self.counts_largest:
-            for s in self.s:
-                s.set(s.get() - self.start)  # without rounding
-        if k.along:
-            s, c = o.sum_of_elements(self.s[0].get(), self.c[0].get())
+        for s in self.s:
+            s.set(s.get() - self.start)  # without rounding
+        self.join()
+        with self.k.each_set(self.m, self.s, self.c) as (u, (m, s, c)):
+            self.finish(u, m, s, c)
+
+    def join(self) -> None:
+        """Along, the elements of a vector are parts of one sum."""
+        if self.k.along:
+            s, c = self.o.sum_of_elements(self.s[0].get(), self.c[0].get())
             self.s[0].set(s)
             self.c[0].set(c)
-            if self.counts_largest:
-                self.count[0].set(o.sum_of_elements(self.count[0].get(), o.const(0.0))[0])
-        with k.each_set(self.m, self.count, self.s, self.c) as (u, (m, count, s, c)):
-            if self.counts_largest:
-                s2, c2 = _scalars.with_equals(o, m.get(), count.get(), s.get(), c.get())
-                s.set(s2)
-                c.set(c2)
-            self.finish(u, m, s, c)
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
         raise NotImplementedError
@@ -715,7 +698,6 @@ class SumForSoftmax(Sum):
     """Leaves the terms in scratch and turns s, c into the two parts of the reciprocal."""
 
     keeps_terms = True
-    counts_largest = False
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
@@ -727,7 +709,113 @@ class SumForSoftmax(Sum):
         c.set(low)
 
 
-class SumForLogSoftmax(Sum):
+class SumOfOthers(Sum):
+    """s + c without one largest term, which the logarithms want to the last bit.
+
+    Summed like all others and then taken away, the largest term hides some bits of the rest. Where
+    they matter, that is where the rest is small, the item is summed again with the largest terms
+    counted instead, and for the strictest budgets with what rounds off in each exp: half as many
+    instructions more. That does not pay where one such lane is likely among all those of an item.
+    """
+
+    rounded_terms = True
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(kernel)
+        self.count = kernel.variables(kernel.sets)
+        self.again = kernel.variables(kernel.sets)
+        self.quick = self.pays() and not kernel.job.weighted  # weighted terms have no bound
+        if not self.quick:
+            self.start = self.o.const(0.0)
+
+    def pays(self) -> bool:
+        return self.k.along
+
+    def reset(self, start: Vector) -> None:
+        super().reset(start)
+        for count in self.count:
+            count.set(self.o.const(0.0))
+
+    def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
+        (super().step if self.quick else self.careful_step)(j, u, mask)
+
+    def careful_step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
+        o, k = self.o, self.k
+        x = self.load(self.range, j, u, mask)
+        by = self.scales[u % k.sets]
+        s, c, count = (part[u % k.sets] for part in (self.s, self.c, self.count))
+        weight, one = None, o.const(1.0)
+        if k.job.weighted:
+            one = weight = k.source.load(
+                o, k.at(self.weights, j, k.x_row, u, k.source.itemsize), mask
+            )
+        skip = x == self.peaks[u % k.sets]
+        count.set(o.where(skip, count.get() + one, count.get()))
+        if self.rounded_terms:
+            term, low = _scalars.exp(o, x, by, skip, weight), c.get()
+        else:
+            term, low = _scalars.exp_two_parts(o, x, by, c.get(), skip, weight)
+        for variable, value in zip((s, c), _scalars.add(s.get(), low, term), strict=True):
+            variable.set(value)
+
+    def leave(self) -> None:
+        if self.quick:
+            self.take_quick()
+        else:
+            self.take_careful()
+        with self.k.each_set(self.m, self.s, self.c) as (u, (m, s, c)):
+            self.finish(u, m, s, c)
+
+    def take_quick(self) -> None:
+        k, o = self.k, self.o
+        n = o.spread(self.range.end)
+        if k.along:
+            n = n * o.const(1.0 / o.width)
+        n = n + o.const(5.0)  # and those that join the elements
+        # After n additions, each of which left up to two roundings of the largest term, c is off by
+        # n^2 roundings of a rounding at most. Half a rounding of the rest is allowed.
+        hidden = n * n * o.const(2.0**-o.real.mantissa)
+        for s in self.s:
+            s.set(s.get() - self.start)
+        self.join()
+        with k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
+            rest = _scalars.without_one(o, m.get(), s.get(), c.get())
+            s.set(rest[0])
+            c.set(rest[1])
+            least = self.least(m.get(), hidden)
+            again.set(_scalars.is_small(o, m.get(), rest[0], least))
+        flags = [again.get() > o.const(0.0) for again in self.again]
+        with k.b.if_then(o.any(functools.reduce(lambda p, q: p | q, flags)), likely=False):
+            self.sum_again(flags)
+
+    def least(self, m: Vector, hidden: Vector) -> Vector:
+        """The rest, in largest terms, that is good enough; ``hidden`` is what the sum asks for."""
+        return hidden
+
+    def sum_again(self, flags: list[Vector]) -> None:
+        """Careful sums for the lanes that want one; the others keep theirs, whoever is beside."""
+        o, k = self.o, self.k
+        before = [(s.get(), c.get()) for s, c in zip(self.s, self.c, strict=True)]
+        self.reset(o.const(0.0))
+        for j, u, mask in k.everywhere(self.range):
+            self.careful_step(j, u, mask)
+        self.take_careful()
+        for flag, kept, s, c in zip(flags, before, self.s, self.c, strict=True):
+            s.set(o.where(flag, s.get(), kept[0]))
+            c.set(o.where(flag, c.get(), kept[1]))
+
+    def take_careful(self) -> None:
+        k, o = self.k, self.o
+        self.join()
+        if k.along:
+            self.count[0].set(o.sum_of_elements(self.count[0].get(), o.const(0.0))[0])
+        with k.each_set(self.m, self.count, self.s, self.c) as (_, (m, count, s, c)):
+            rest = _scalars.with_equals(o, m.get(), count.get(), s.get(), c.get())
+            s.set(rest[0])
+            c.set(rest[1])
+
+
+class SumForLogSoftmax(SumOfOthers):
     """Turns s into the logarithm that is subtracted."""
 
     def __init__(self, kernel: Kernel) -> None:
@@ -738,10 +826,25 @@ class SumForLogSoftmax(Sum):
         s.set(_scalars.log_sum(self.o, m.get(), s.get(), c.get())[0])
 
 
-class SumForPairs(Sum):
+class SumForPairs(SumOfOthers):
     """Writes m, s and c; s is NaN only if the lane holds one."""
 
     rounded_terms = False
+
+    def pays(self) -> bool:
+        return True
+
+    def least(self, m: Vector, hidden: Vector) -> Vector:
+        return self.o.larger(self.rounded(m), hidden)
+
+    def rounded(self, m: Vector) -> Vector:
+        """The rest from which rounded terms do.
+
+        Their error counts only in results below 1, so not beside a larger maximum; and a rest of
+        1.75 largest terms has a logarithm of 1.
+        """
+        o = self.o
+        return o.where(abs(m) < o.const(1.0), o.const(1.75), o.const(0.0))
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
         self.write(u, (m.get(), s.get(), c.get()))
@@ -749,6 +852,10 @@ class SumForPairs(Sum):
 
 class SumForLogSumExp(SumForPairs):
     """Writes logsumexp of the lane."""
+
+    def least(self, m: Vector, hidden: Vector) -> Vector:
+        rounded = self.rounded(m)  # 0 beside a large maximum, which hides the same bits again
+        return self.o.where(rounded > self.o.const(0.0), self.o.larger(rounded, hidden), rounded)
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
         self.write(u, (_scalars.logsumexp(self.o, m.get(), s.get(), c.get()),))

@@ -252,6 +252,22 @@ def with_equals(o: Operations, m: Value, count: Value, s: Value, c: Value) -> tu
     return o.where(infinite, zero, total), o.where(infinite, zero, c)
 
 
+def without_one(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
+    """The pair's sum from that of all terms; 0 for an infinite m, unless the lane holds a NaN."""
+    term, _ = largest(o, m)
+    rest, lost = two_sum(s, o.const(0.0) - term)
+    infinite = (abs(m) == o.const(float("inf"))) & (s == s)
+    zero = o.const(0.0)
+    return o.where(infinite, zero, rest), o.where(infinite, zero, c + lost)
+
+
+def is_small(o: Operations, m: Value, s: Value, least: Value) -> Value:
+    """1 where the pair's sum is less than ``least`` largest terms or NaN, else 0."""
+    zero, one = o.const(0.0), o.const(1.0)
+    small = o.where(s > least * largest(o, m)[0], zero, one)
+    return o.where((abs(m) == o.const(float("inf"))) & (s == s), zero, small)
+
+
 def whole(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
     """The sum of all terms from that of all but one largest."""
     return add(largest(o, m)[0], c, s)

@@ -105,6 +105,13 @@ class Emitter:
     def integers(self, value: int) -> ir.Constant:
         return ir.Constant(self.integer_type, [ir.Constant(self.integer, value)] * self.width)
 
+    def spread(self, count: ir.Value) -> Vector:
+        """A number counted at run time, in every element."""
+        one = ir.Constant(self.type, ir.Undefined)
+        one = self.b.insert_element(one, self.b.sitofp(count, self.element), ir.Constant(I32, 0))
+        zero = ir.Constant(ir.VectorType(I32, self.width), None)
+        return Vector(self, self.b.shuffle_vector(one, one, zero))
+
     def where(self, condition: Vector, a: Vector, b: Vector) -> Vector:
         return Vector(self, self.b.select(condition.value, a.value, b.value))
 

@@ -19,6 +19,8 @@ SHAPES = (
     ((1200, 70), 0),
     ((5000, 3), 0),
 )
+# A pitch between rows does not send them another way: they need not be packed.
+ALIKE = [(shape, axis) for shape, axis in SHAPES if len(shape) < 3 or axis in (-1, len(shape) - 1)]
 # Large enough that the default thresholds use several threads, and long stores where there are any.
 LARGE = (
     ((4_000_000,), 0),
@@ -129,9 +131,9 @@ def test_out_gives_the_bits_of_a_new_array(shape, axis, dtype, backend, regime):
 
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("layout", ["row_pitched", "row_pitched_shifted", "read_only", "unaligned"])
-@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=map(case_id, SHAPES))
+@pytest.mark.parametrize(("shape", "axis"), ALIKE, ids=map(case_id, ALIKE))
 def test_the_space_between_lanes_does_not_matter(shape, axis, layout, dtype, backend, regime):
-    """Lanes whose elements are neighbours have the bits of a C-ordered array, wherever they lie."""
+    """Arrays that are walked alike have the same bits, whatever lies between their rows."""
     x = cases.draw(shape, dtype, offset=50)
     y = cases.LAYOUTS[layout](x)
     assert bits(all_ops(y, axis, backend)) == bits(all_ops(x, axis, backend))
