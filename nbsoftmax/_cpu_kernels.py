@@ -211,6 +211,8 @@ class Range:
     count: ir.Value  # along: elements; across: columns
     full: ir.Value  # positions before this one need no mask
     end: ir.Value
+    native: bool = False  # x is a copy, in the format that is computed in
+    shifted: bool = False  # and has no maximum that needs a shift
 
 
 class Kernel:
@@ -226,6 +228,9 @@ class Kernel:
         self.b = builder
         self.along = job.walk == "along"
         self.short = job.walk == "short"
+        # Across, the first stage copies what it reads: rows that are far apart compete for the same
+        # few places of a cache, and would be read from memory by every stage.
+        self.packs = job.walk == "across" and STAGES[job.op][0] is Maximum
         self.x, self.out, self.pairs, parameters, self.ticket = arguments
         for i, name in enumerate(PARAMETERS):
             at = builder.add(parameters, self.int(8 * i))
@@ -304,7 +309,8 @@ class Kernel:
         x, out, scratch, length = item.x, item.out, self.buffer, item.length
         if self.short:
             row = self.int(VECTOR_BYTES)
-            return Range(item.tile, row, item.tile, item.tile, item.columns, length, length)
+            tile = item.tile
+            return Range(tile, row, tile, tile, item.columns, length, length, native=True)
         if not self.along:
             whole = b.icmp_signed(">=", item.columns, self.int(self.panel_elements))
             full = b.select(whole, length, self.int(0))
@@ -316,9 +322,9 @@ class Kernel:
         """Along, all but the first ``skip`` elements."""
         b = self.b
         length = b.sub(r.end, skip)
-        return Range(
+        return dataclasses.replace(
+            r,
             x=b.add(r.x, b.mul(skip, self.int(self.source.itemsize))),
-            x_row=r.x_row,
             out=b.add(r.out, b.mul(skip, self.int(self.result.itemsize))),
             scratch=b.add(r.scratch, b.mul(skip, self.int(self.o.real.itemsize))),
             count=length,
@@ -344,15 +350,15 @@ class Kernel:
         return self.b.add(self.b.add(base, self.b.mul(j, step)), offset)
 
     def x_at(self, r: Range, j: ir.Value, u: int) -> ir.Value:
-        size = VECTOR_BYTES // self.o.width if self.short else self.source.itemsize
-        return self.at(r.x, j, r.x_row, u, size)
+        source = self.native if r.native else self.source
+        return self.at(r.x, j, r.x_row, u, source.itemsize)
 
     def scratch_at(self, base: ir.Value, j: ir.Value, u: int) -> ir.Value:
         row = self.int(self.panel * VECTOR_BYTES)
         return self.at(base, j, row, u, self.o.real.itemsize)
 
     def load_x(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
-        source = self.native if self.short else self.source
+        source = self.native if r.native else self.source
         return source.load(self.o, self.x_at(r, j, u), mask, fill=-float("inf"))
 
     def store_out(self, r: Range, j: ir.Value, u: int, value: Vector, mask: Vector | None) -> None:
@@ -435,11 +441,12 @@ class Kernel:
         # Alone, everything is one chunk: its first items run without overlap.
         chunk = b.select(alone, self.items, self.chunk)
         chunks = b.select(alone, self.int(1), self.chunks)
-        # The second part holds inputs less their shift; the rest, the tiles of short rows.
-        parts = 2 + (MOST_STAGES if self.short else 0)
+        # Terms, inputs less their shift, copied inputs or the tiles of short rows.
+        parts = 3 if self.packs else 2 + MOST_STAGES * self.short
         memory = self._malloc(b.add(b.mul(self.scratch, self.int(parts)), self.int(VECTOR_BYTES)))
         self.buffer = b.and_(b.add(memory, self.int(VECTOR_BYTES - 1)), self.int(-VECTOR_BYTES))
         self.shifted_x = b.add(self.buffer, self.scratch)
+        self.packed_x = b.add(self.shifted_x, self.scratch)
         stages = [kind(self) for kind in STAGES[self.job.op]]
 
         def count(address: ir.Value, by: ir.Value) -> ir.Value:
@@ -497,7 +504,7 @@ class Kernel:
     @property
     def copies_huge(self) -> bool:
         """Whether what needs a shift gets it once, in a copy, and not in every step."""
-        return self.short or self.source == self.native
+        return self.short or self.packs or self.source == self.native
 
     @property
     def writes_lanes(self) -> bool:
@@ -573,7 +580,11 @@ class Maximum(Stage):
             part.set(self.o.const(-float("inf")))
 
     def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
-        self.take(self.k.load_x(self.range, j, u, mask), u)
+        k = self.k
+        x = k.load_x(self.range, j, u, mask)
+        if k.packs:
+            self.o.store(k.scratch_at(k.packed_x, j, u), x)
+        self.take(x, u)
 
     def take(self, x: Vector, u: int) -> None:
         part = self.parts[u % self.k.sets]
@@ -612,6 +623,7 @@ class Terms(Stage):
         # What equals it is a largest element.
         self.peaks = [by.near for by in self.scales] if k.source.may_be_huge else self.maxima
         self.weights = b.add(self.range.x, b.sub(k.pairs, k.x))
+        self.in_memory = self.range
         if not k.copies_huge:
             return
         shifts = [abs(by.shift) > o.const(0.0) for by in self.scales]
@@ -622,10 +634,13 @@ class Terms(Stage):
                 x = self.shifted(k.load_x(r, j, u, mask), u)
                 o.store(k.scratch_at(k.shifted_x, j, u), x)
         row = k.int(k.panel * VECTOR_BYTES)
+        usual, usual_row = (k.packed_x, row) if k.packs else (r.x, r.x_row)
         self.range = dataclasses.replace(
             r,
-            x=b.select(huge, k.shifted_x, r.x),
-            x_row=b.select(huge, row, r.x_row),
+            x=b.select(huge, k.shifted_x, usual),
+            x_row=b.select(huge, row, usual_row),
+            native=True,
+            shifted=True,
         )
 
     def shifted(self, x: Vector, u: int) -> Vector:
@@ -634,9 +649,8 @@ class Terms(Stage):
 
     def load(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
         """x, less the shift."""
-        k = self.k
-        x = k.load_x(r, j, u, mask)
-        return self.shifted(x, u) if k.source.may_be_huge and not k.copies_huge else x
+        x = self.k.load_x(r, j, u, mask)
+        return x if r.shifted or not self.k.source.may_be_huge else self.shifted(x, u)
 
 
 class Sum(Terms):
@@ -671,9 +685,8 @@ class Sum(Terms):
         term = _scalars.exp(o, self.load(self.range, j, u, mask), self.scales[u % k.sets])
         if self.keeps_terms:
             o.store(k.scratch_at(self.range.scratch, j, u), term)
-        for variable, value in zip(
-            (s, c), _scalars.add_to_more(s.get(), c.get(), term), strict=True
-        ):
+        sums = _scalars.add_to_more(s.get(), c.get(), term)
+        for variable, value in zip((s, c), sums, strict=True):
             variable.set(value)
 
     def leave(self) -> None:
@@ -737,11 +750,14 @@ class SumOfOthers(Sum):
             count.set(self.o.const(0.0))
 
     def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
-        (super().step if self.quick else self.careful_step)(j, u, mask)
+        if self.quick:
+            super().step(j, u, mask)
+        else:
+            self.careful_step(self.range, j, u, mask)
 
-    def careful_step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
+    def careful_step(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> None:
         o, k = self.o, self.k
-        x = self.load(self.range, j, u, mask)
+        x = self.load(r, j, u, mask)
         by = self.scales[u % k.sets]
         s, c, count = (part[u % k.sets] for part in (self.s, self.c, self.count))
         weight, one = None, o.const(1.0)
@@ -797,8 +813,9 @@ class SumOfOthers(Sum):
         o, k = self.o, self.k
         before = [(s.get(), c.get()) for s, c in zip(self.s, self.c, strict=True)]
         self.reset(o.const(0.0))
-        for j, u, mask in k.everywhere(self.range):
-            self.careful_step(j, u, mask)
+        r = self.in_memory if k.packs else self.range  # the copy is already the next item's
+        for j, u, mask in k.everywhere(r):
+            self.careful_step(r, j, u, mask)
         self.take_careful()
         for flag, kept, s, c in zip(flags, before, self.s, self.c, strict=True):
             s.set(o.where(flag, s.get(), kept[0]))
@@ -821,6 +838,13 @@ class SumForLogSoftmax(SumOfOthers):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
         kernel.finished = [self.m, self.s]
+
+    def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
+        super().step(j, u, mask)
+        k = self.k
+        if k.packs:  # the copy will be overwritten before the last stage wants it
+            x = self.o.load(k.scratch_at(k.packed_x, j, u))
+            self.o.store(k.scratch_at(self.range.scratch, j, u), x)
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
         s.set(_scalars.log_sum(self.o, m.get(), s.get(), c.get())[0])
@@ -925,7 +949,8 @@ class Subtract(Output):
     def value(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
         k = self.k
         m, log_ = self.first[u % k.sets].get(), self.second[u % k.sets].get()
-        return _scalars.log_softmax(k.load_x(r, j, u, mask), m, log_)
+        x = self.o.load(k.scratch_at(r.scratch, j, u)) if k.packs else k.load_x(r, j, u, mask)
+        return _scalars.log_softmax(x, m, log_)
 
 
 class Apply(Output):

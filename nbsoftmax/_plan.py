@@ -35,6 +35,10 @@ class Limits:
     # second-level cache still pays: the rows behind are in the third level, and x is read once.
     panel_bytes: int = 512 * 1024
     panel_block_bytes: int = 64 * 1024
+    # Lanes of this length go by single vectors: for two, some constants leave the registers, 10 to
+    # 20 %. Shorter ones are all beginnings and ends, and longer ones want more of each row at once.
+    narrow_panel_least: int = 8
+    narrow_panel_most: int = 1024
     few_panels: int = 16
     few_panels_bytes: int = 32 * 1024
     # Fewer neighbouring lanes than this leave a vector too empty: such arrays are packed to rows.
@@ -48,10 +52,10 @@ class Limits:
     # Outputs larger than this (half of the last-level cache) are stored past the cache.
     past_cache_bytes: int = 16 * 1024 * 1024
     # Items up to this long are fetched while the item before them is worked on: so nothing is
-    # missed where one ends. Longer ones so many bytes or rows ahead (4 to 16 KB were alike).
+    # missed where one ends. Longer ones so many bytes (4 to 16 KB are alike) or rows ahead.
     next_item_bytes: int = 64 * 1024
     ahead_bytes: int = 4096
-    ahead_rows: int = 8
+    ahead_rows: int = 32
     # Arrays that no kernel walks are packed to rows in pieces of this size.
     packed_bytes: int = 512 * 1024
 
@@ -110,9 +114,10 @@ def prefetch_bytes(walk: str, item_bytes: int, row_bytes: int) -> int:
     return LIMITS.ahead_bytes if walk == "along" else LIMITS.ahead_rows * row_bytes
 
 
-def _across_panel(inner: int, width: int) -> int:
-    """One vector, or two: four would spill registers and gain nothing (Zen 4)."""
-    return 1 if inner <= width else 2
+def _across_panel(n: int, inner: int, width: int) -> int:
+    """One vector side by side, or two; four would spill registers and gain nothing."""
+    alone = LIMITS.narrow_panel_least <= n <= LIMITS.narrow_panel_most
+    return 1 if alone or inner <= width else 2
 
 
 def plan(
@@ -135,7 +140,7 @@ def plan(
     if inner > 1:
         if inner < limits.narrow_elements:
             return Plan("packed")
-        panel = _across_panel(inner, width)
+        panel = _across_panel(n, inner, width)
         row = panel * VECTOR_BYTES
         few = outer * -(-inner // (panel * width)) < limits.few_panels
         if n * row > (limits.few_panels_bytes if few else limits.panel_bytes):
