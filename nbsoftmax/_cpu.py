@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import _cpu_kernels as kernels
-from . import _formats, _plain, _plan, _pool, _scalars, _semantics
+from . import _formats, _handover, _plain, _plan, _pool, _scalars, _semantics
 from ._semantics import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX, Array
 
 # What applies the merged pairs of lanes that were cut into blocks.
@@ -19,11 +19,9 @@ _LAST = {
     LOG_SOFTMAX: kernels.APPLY_LOG_SOFTMAX,
     LOGSUMEXP: None,
 }
-_TICKET = 16  # next chunk and items done, each on a cache line of its own
 
 
 # -- one kernel call ------------------------------------------------------------------------------
-
 
 Kernel = Callable[[Array, Array, Array | None, Array, Array | None], object]
 
@@ -33,6 +31,7 @@ class Call:
     """A kernel and the numbers it is told, for arrays of one geometry."""
 
     kernel: Kernel
+    machine_code: Array  # its address
     parameters: Array
     items: int
     parallel: bool
@@ -41,17 +40,18 @@ class Call:
         if threads == 1 or not self.parallel:
             self.kernel(x, out, pairs, self.parameters, None)
             return
-        ticket = np.zeros(_TICKET, np.int64)
+        ticket = np.zeros(_handover.BEGAN + threads, np.int64)
         kernel, parameters, items = self.kernel, self.parameters, self.items
 
         def cancel() -> None:
-            ticket[0] = items
+            ticket[0] = 1 << 31  # more chunks than there are
 
         _pool.share(
             lambda: kernel(x, out, pairs, parameters, ticket),
             threads,
             lambda: bool(ticket[8] == items),
             cancel,
+            _pool.Loan(self.machine_code, (x, out, pairs, parameters), ticket),
         )
 
 
@@ -92,7 +92,9 @@ def _call(
         **strides,
     }
     parameters = np.array([numbers.get(name, 0) for name in kernels.PARAMETERS], np.int64)
-    return Call(kernels.compiled(job), parameters, items, chunk < items)
+    kernel = kernels.compiled(job)
+    machine_code = np.array([kernel.address], np.int64)
+    return Call(kernel.call, machine_code, parameters, items, chunk < items)
 
 
 # -- one lane layout, remembered -------------------------------------------------------------------

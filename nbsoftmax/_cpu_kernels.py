@@ -19,29 +19,22 @@ terms of item i + 1 and finishes item i (`STAGES`), so that memory and arithmeti
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
-import logging
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import config, njit
+from numba import config
 from numba.core import cgutils, types
-from numba.core.registry import cpu_target
-from numba.extending import NativeValue, intrinsic, models, register_model, unbox
+from numba.extending import intrinsic
 
-from . import _scalars
+from . import _entry, _scalars
 from ._formats import FORMATS, Format
 from ._semantics import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from ._simd import I8, I64, VECTOR_BYTES, Emitter, Variable, Vector
-
-log = logging.getLogger(__name__)
 
 CACHE_LINE_BYTES = 64
 
@@ -97,46 +90,6 @@ PARAMETERS = (
     "out_plane",  # and of those written
     "scratch",  # bytes of one item's numbers
 )
-
-# -- a Numba argument that is an array's address and nothing else ---------------------------------
-# Reading the data pointer takes one instruction; unboxing a Numba array takes 0.1 us, and compiles
-# again for every number of dimensions.
-
-
-class Address(types.Type):
-    """The data pointer of an array of anything; None is 0."""
-
-    def __init__(self, name: str = "nbsoftmax.Address") -> None:
-        super().__init__(name=name)
-
-
-class Target(Address):
-    """The address of x, whose type says which kernel is meant."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        super().__init__(name=f"nbsoftmax.Target({job})")
-
-
-@register_model(Address)
-@register_model(Target)
-class _AddressModel(models.PrimitiveModel):
-    def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, I64)
-
-
-@unbox(Address)
-@unbox(Target)
-def _unbox_address(typ: Any, obj: ir.Value, c: Any) -> NativeValue:
-    # PyArrayObject starts with the object head, then `char *data`: a part of NumPy's ABI.
-    head = ir.Constant(I64, object.__basicsize__)
-    field = c.builder.inttoptr(c.builder.add(c.builder.ptrtoint(obj, I64), head), I64.as_pointer())
-    none = c.builder.icmp_unsigned("==", obj, c.pyapi.borrow_none())
-    return NativeValue(c.builder.select(none, ir.Constant(I64, 0), c.builder.load(field)))
-
-
-ADDRESS = Address()
-
 
 # -- one item: where it lies and how long it is ---------------------------------------------------
 
@@ -428,8 +381,14 @@ class Kernel:
             stage.leave()
 
     def run(self) -> None:
-        """Take chunks of items from the ticket until none is left."""
+        """Take chunks of items from the ticket until none is left.
+
+        A helper, whose ticket is odd, begins at the end: so who called again with the same arrays
+        finds in its core's own cache what it worked on before. One word counts both ends' chunks.
+        """
         b = self.b
+        helps = b.trunc(self.ticket, ir.IntType(1))
+        self.ticket = b.and_(self.ticket, self.int(-2))
         own = cgutils.alloca_once(b, ir.ArrayType(I64, 2))
         b.store(ir.Constant(own.type.pointee, None), own)
         alone = b.icmp_signed("==", self.ticket, self.int(0))
@@ -457,9 +416,12 @@ class Kernel:
         leave = b.append_basic_block("leave")
         b.branch(take)
         b.position_at_end(take)
-        taken = count(next_chunk, self.int(1))
-        b.cbranch(b.icmp_signed("<", taken, chunks), work, leave)
+        half = self.int(32)
+        counts = count(next_chunk, b.select(helps, self.int(1 << 32), self.int(1)))
+        first, last = b.and_(counts, self.int(0xFFFFFFFF)), b.lshr(counts, half)
+        b.cbranch(b.icmp_signed("<", b.add(first, last), chunks), work, leave)
         b.position_at_end(work)
+        taken = b.select(helps, b.sub(b.sub(chunks, self.int(1)), last), first)
         low = b.mul(taken, chunk)
         high = self.smaller(b.add(low, chunk), self.items)
         self.pipeline(stages, low, high)
@@ -1120,64 +1082,16 @@ def _kernel(x, out, pairs, parameters, ticket):  # type: ignore[no-untyped-def]
     _emit(x, out, pairs, parameters, ticket)
 
 
-def _digest() -> str:
-    here = Path(__file__).parent
-    names = ("_cpu_kernels.py", "_formats.py", "_scalars.py", "_semantics.py", "_simd.py")
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()[:16]
-
-
-# Of every file that shapes the machine code, as it was when this process read it. It is part of
-# each kernel's name: Numba's cache does not see a change in a file that the kernel's own file
-# imports, and would go on running the old binary.
-SOURCES = _digest()
-
-
 def dispatcher(job: Job, cache: bool = True) -> Any:
-    """A Numba function for this job alone, so that each has its own files in the cache.
-
-    Numba numbers the binaries of one function without a lock: two processes that compile two jobs
-    at once would give both the same number, and a third would load the wrong one.
-    """
-    words = (str(value) for value in dataclasses.astuple(job))
-    name = "_".join([*words, SOURCES])
-    code = _kernel.__code__.replace(co_name=name, co_qualname=name)
-    function = FunctionType(code, globals(), name)
-    function.__qualname__ = name
-    try:
-        return njit(nogil=True, cache=cache)(function)
-    except RuntimeError:  # no folder for the cache can be written
-        return njit(nogil=True)(function)
+    """The Numba function of this job alone."""
+    return _entry.function(_kernel, dataclasses.astuple(job), cache)
 
 
 @functools.cache
-def compiled(job: Job) -> Any:
-    """``kernel(x, out, pairs, parameters, ticket)``: from the disk cache, or compiled now."""
-    signature = (Target(job), ADDRESS, ADDRESS, ADDRESS, ADDRESS)
-    function = dispatcher(job)
-    return _from_disk(function, signature) or _compile(function, job, signature)
+def compiled(job: Job) -> _entry.Entry:
+    """``kernel(x, out, pairs, parameters, ticket)``."""
+    return _entry.ready(_kernel, dataclasses.astuple(job), signature(job))
 
 
-def _from_disk(function: Any, signature: tuple[types.Type, ...]) -> Any:
-    """The cached kernel, without waiting for all that other compiled code may use.
-
-    Numba's own way first imports it, scipy.linalg included: 0.3 s for functions no kernel calls.
-    """
-    try:
-        found = function._cache._load_overload(signature, cpu_target.target_context)
-    except Exception:  # another version of Numba, an unreadable cache: the usual way decides
-        log.debug("no quick way to the cached kernel", exc_info=True)
-        return None
-    return found.entry_point if found is not None else None
-
-
-def _compile(function: Any, job: Job, signature: tuple[types.Type, ...]) -> Any:
-    try:
-        return function.compile(signature)
-    except Exception:
-        log.debug("the kernel cache is damaged, full or gone", exc_info=True)
-    try:
-        function._cache.flush()
-        return function.compile(signature)
-    except Exception:
-        log.debug("the kernel is compiled for this process alone", exc_info=True)
-        return dispatcher(job, cache=False).compile(signature)
+def signature(job: Job) -> tuple[types.Type, ...]:
+    return (_entry.Target(job), *[_entry.ADDRESS] * 4)

@@ -3,6 +3,9 @@
 Neither of Numba's layers will do: one aborts when two Python threads enter it, another dies in a
 forked child.  Here the calling thread works too and never waits for a helper that has not started,
 so nothing can hang; a forked child starts with no helpers and hires its own.
+
+A helper waits in two ways: for some microseconds it listens for kernel calls (`_handover`), then it
+sleeps until a job is put into the queue.
 """
 
 import contextlib
@@ -12,19 +15,31 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from numba import config, get_num_threads
+
+from . import _handover
 
 Work = Callable[[], object]
 
 _jobs: "queue.SimpleQueue[list[Work]]" = queue.SimpleQueue()
 _helpers = 0
 _hiring = threading.Lock()
+_boxes: Any = None  # one for each helper
+
+
+class Loan(NamedTuple):
+    """A kernel call that a listening helper can run by itself."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    ticket: Any
 
 
 def _forget() -> None:
-    global _jobs, _helpers, _hiring
-    _jobs, _helpers, _hiring = queue.SimpleQueue(), 0, threading.Lock()
+    global _jobs, _helpers, _hiring, _boxes
+    _jobs, _helpers, _hiring, _boxes = queue.SimpleQueue(), 0, threading.Lock(), None
 
 
 if hasattr(os, "register_at_fork"):
@@ -45,26 +60,27 @@ def thread_count() -> int:
     return int(get_num_threads())
 
 
-def _help(jobs: "queue.SimpleQueue[list[Work]]") -> None:
+def _help(jobs: "queue.SimpleQueue[list[Work]]", box: Any) -> None:
+    listen = _handover.listen()
     while True:
         offer = jobs.get()
-        try:
-            work = offer.pop()
-        except IndexError:  # done without us
-            continue
-        work()
-        del work, offer  # while waiting, no array is kept alive
+        with contextlib.suppress(IndexError):  # done without us
+            offer.pop()()
+        del offer  # while waiting, no array is kept alive
+        listen(box)
 
 
 def _hire(count: int) -> None:
-    global _helpers
+    global _helpers, _boxes
     # Never wait here: a signal handler may call us while its own thread is hiring.
     if not _hiring.acquire(blocking=False):
         return
     try:
+        if _boxes is None:
+            _boxes = _handover.boxes(most_threads())
         while _helpers < count:
-            name = f"nbsoftmax-{_helpers + 1}"
-            threading.Thread(target=_help, args=(_jobs,), name=name, daemon=True).start()
+            name, box = f"nbsoftmax-{_helpers + 1}", _boxes[_helpers]
+            threading.Thread(target=_help, args=(_jobs, box), name=name, daemon=True).start()
             _helpers += 1
     except RuntimeError:  # the system or a closing interpreter gives no more threads
         pass
@@ -73,13 +89,17 @@ def _hire(count: int) -> None:
 
 
 def share(
-    work: Work, threads: int, finished: Callable[[], bool], cancel: Callable[[], object]
+    work: Work,
+    threads: int,
+    finished: Callable[[], bool],
+    cancel: Callable[[], object],
+    loan: Loan | None = None,
 ) -> None:
     """Run ``work`` here and in up to ``threads - 1`` helpers, until ``finished()``.
 
-    ``work`` takes parts of the job until none is left. If it is interrupted here (Ctrl-C),
-    ``cancel`` leaves no part to take, and the helpers that took one are waited for: nothing is
-    written any more when the caller sees the exception.
+    ``work`` takes parts of the job until none is left, and ``loan`` does for helpers that listen.
+    If it is interrupted here (Ctrl-C), ``cancel`` leaves no part to take, and the helpers that took
+    one are waited for: nothing is written any more when the caller sees the exception.
     """
     if _helpers < threads - 1:
         _hire(threads - 1)
@@ -91,16 +111,23 @@ def share(
         finally:
             ended.append(None)
 
-    offer: list[Work] = [helping] * (threads - 1)
+    boxes = None if loan is None or _boxes is None else _boxes[: min(_helpers, threads - 1)]
+    asleep = threads - 1
+    if boxes is not None:
+        asleep -= boxes[:, _handover.STATE].tolist().count(_handover.LISTENING)
+    offer: list[Work] = [helping] * asleep
     try:
-        for _ in range(threads - 1):
+        for _ in range(asleep):
             _jobs.put(offer)
-        work()
+        if loan is not None and asleep < threads - 1:
+            _lend(boxes, loan)
+        else:
+            work()
         while not finished():
             time.sleep(0)
     except BaseException:
         cancel()
-        taken = threads - 1
+        taken = asleep
         with contextlib.suppress(IndexError):
             while True:
                 offer.pop()
@@ -110,3 +137,15 @@ def share(
         raise
     finally:
         offer.clear()
+
+
+def _lend(boxes: Any, loan: Loan) -> None:
+    """Run the loan here and in the boxes that listen; its arrays stay until none works on them."""
+    began = loan.ticket[_handover.BEGAN :]
+    began[:] = -1
+    try:
+        _handover.lend()(boxes, len(boxes), loan.kernel, *loan.arguments, loan.ticket)
+    finally:
+        for box, before in zip(boxes, began.tolist(), strict=False):
+            while before >= 0 and box[_handover.DONE] == before:
+                time.sleep(0)

@@ -21,9 +21,14 @@ LAYERS: dict[str, set[str]] = {
     "_plain": {"_scalars", "_semantics"},
     "_simd": {"_scalars"},
     "_formats": {"_scalars", "_simd"},
-    "_cpu_kernels": {"_formats", "_scalars", "_semantics", "_simd"},
-    "_pool": set(),
-    "_cpu": {"_cpu_kernels", "_formats", "_plain", "_plan", "_pool", "_scalars", "_semantics"},
+    "_entry": set(),
+    "_cpu_kernels": {"_entry", "_formats", "_scalars", "_semantics", "_simd"},
+    "_handover": {"_entry"},
+    "_pool": {"_handover"},
+    "_cpu": {
+        *("_cpu_kernels", "_formats", "_handover", "_plain", "_plan", "_pool"),
+        *("_scalars", "_semantics"),
+    },
     "_api": {"_cpu", "_semantics"},
     "__init__": {"_api"},
     # The programme that checks and times a machine.

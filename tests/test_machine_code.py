@@ -65,7 +65,7 @@ def job_id(job):
 def body(job):
     """The instructions of the kernel's function: not those of its Python wrapper."""
     dispatcher = kernels.dispatcher(job, cache=False)
-    signature = (kernels.Target(job), *[kernels.ADDRESS] * 4)
+    signature = kernels.signature(job)
     dispatcher.compile(signature)
     lines, inside = [], False
     for line in dispatcher.inspect_asm(signature).splitlines():

@@ -1,0 +1,224 @@
+"""Kernel calls handed to threads that spin for one: no lock and no interpreter in between.
+
+Waking a thread takes 30 to 100 us, as long as a kernel needs for a megabyte.  So a helper that has
+just worked listens at its *box* for a while: a few words of memory, whose state says whose turn it
+is.  All changes of state are atomic, and only these exist::
+
+    AWAY -> LISTENING -> AWAY                       the helper, when it comes and when it gives up
+    LISTENING -> TAKEN -> OFFERED -> LISTENING      the caller: writes a call, or withdraws it
+    OFFERED -> WORKING -> LISTENING                 the helper: runs the call
+
+A caller offers the call, works itself, withdraws what no helper has begun, and waits for the rest:
+`DONE` counts the calls that a box has run.
+"""
+
+import functools
+import platform
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import config
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from . import _entry
+from ._entry import I64
+
+Array = np.ndarray[Any, Any]
+
+AWAY, LISTENING, TAKEN, OFFERED, WORKING = range(5)
+STATE, DONE, CALL = 0, 1, 2  # words of a box; the call is the kernel and its arguments
+ARGUMENTS = 5  # x, out, pairs, parameters, ticket
+BEGAN = 16  # word of the ticket from which on there is one for each box
+BOX_WORDS = 16  # two cache lines: neighbours do not disturb each other
+# A helper gives up after so many looks, about 70 us (Zen 4): longer than a caller takes from one
+# call to the next, and no more than waking up would have cost.
+LOOKS = 4000
+# A caller that waited so long leaves it to the interpreter, which lets others run meanwhile.
+PATIENCE = 100_000
+
+
+def boxes(count: int) -> Array:
+    """Boxes for ``count`` helpers, all of them away."""
+    memory = np.zeros((count + 1) * BOX_WORDS, np.int64)
+    start = -(memory.ctypes.data // 8) % BOX_WORDS
+    return memory[start : start + count * BOX_WORDS].reshape(count, BOX_WORDS)
+
+
+class _Box:
+    """A box as machine code sees it."""
+
+    def __init__(self, builder: ir.IRBuilder, address: ir.Value) -> None:
+        self.b = builder
+        self.address = address
+
+    def word(self, index: int) -> ir.Value:
+        place = self.b.add(self.address, ir.Constant(I64, 8 * index))
+        return self.b.inttoptr(place, I64.as_pointer())
+
+    def read(self, index: int) -> ir.Value:
+        return self.b.load_atomic(self.word(index), "acquire", 8)
+
+    def write(self, index: int, value: ir.Value | int) -> None:
+        if isinstance(value, int):
+            value = ir.Constant(I64, value)
+        self.b.store_atomic(value, self.word(index), "release", 8)
+
+    def change(self, before: int, after: int) -> ir.Value:
+        """Whether the state was ``before``, and is ``after`` now."""
+        states = ir.Constant(I64, before), ir.Constant(I64, after)
+        pair = self.b.cmpxchg(self.word(STATE), *states, "acq_rel", "acquire")
+        return self.b.extract_value(pair, 1)
+
+
+def _pause(b: ir.IRBuilder) -> None:
+    """Tell the processor that this is a waiting loop, where it has a word for that."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        kind = ir.FunctionType(ir.VoidType(), [])
+        b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse2.pause"), [])
+
+
+def _call(b: ir.IRBuilder, kernel: ir.Value, arguments: list[ir.Value]) -> None:
+    """Call a function compiled by Numba at its address; it raises nothing and returns None."""
+    byte = ir.IntType(8).as_pointer()
+    kinds = [byte.as_pointer(), byte.as_pointer(), *[I64] * ARGUMENTS]
+    kind = ir.FunctionType(ir.IntType(32), kinds).as_pointer()
+    places = [cgutils.alloca_once(b, byte) for _ in range(2)]
+    b.call(b.inttoptr(kernel, kind), [*places, *arguments])
+
+
+@intrinsic
+def _emit_listen(typing_context: Any, box: Any) -> Any:
+    def generate(context: Any, b: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        box = _Box(b, arguments[0])
+        box.write(STATE, LISTENING)
+        counter = cgutils.alloca_once(b, I64)
+        zero = ir.Constant(I64, 0)
+        b.store(zero, counter)
+        look, work = b.append_basic_block("look"), b.append_basic_block("work")
+        rest, leave = b.append_basic_block("rest"), b.append_basic_block("leave")
+        b.branch(look)
+
+        b.position_at_end(look)
+        offered = b.icmp_signed("==", box.read(STATE), ir.Constant(I64, OFFERED))
+        with b.if_then(offered, likely=False), b.if_then(box.change(OFFERED, WORKING)):
+            b.branch(work)
+        b.branch(rest)
+
+        b.position_at_end(work)
+        kernel, *values = (b.load(box.word(CALL + i)) for i in range(1 + ARGUMENTS))
+        _call(b, kernel, values)
+        # In this order: whoever offers next must see the count that its own call will raise.
+        box.write(DONE, b.add(box.read(DONE), ir.Constant(I64, 1)))
+        box.write(STATE, LISTENING)
+        b.store(zero, counter)
+        b.branch(look)
+
+        b.position_at_end(rest)
+        _pause(b)
+        looks = b.add(b.load(counter), ir.Constant(I64, 1))
+        b.store(looks, counter)
+        tired = b.icmp_signed(">=", looks, ir.Constant(I64, LOOKS))
+        with b.if_then(tired, likely=False), b.if_then(box.change(LISTENING, AWAY)):
+            b.branch(leave)
+        b.branch(look)
+
+        b.position_at_end(leave)
+        return context.get_dummy_value()
+
+    return types.void(box), generate
+
+
+@intrinsic
+def _emit_lend(
+    typing_context: Any,
+    boxes: Any,
+    count: Any,
+    kernel: Any,
+    x: Any,
+    out: Any,
+    pairs: Any,
+    parameters: Any,
+    ticket: Any,
+) -> Any:
+    def generate(context: Any, b: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        first, count, kernel, *values = arguments
+        words = [b.load(_Box(b, kernel).word(0)), *values]
+        helps = [*words[:-1], b.or_(words[-1], ir.Constant(I64, 1))]  # an odd ticket
+        size = ir.Constant(I64, 8 * BOX_WORDS)
+        nobody = ir.Constant(I64, -1)
+
+        def each() -> Any:
+            """A loop over the boxes, with the place that keeps each one's count of calls."""
+            with cgutils.for_range(b, count, intp=I64) as loop:
+                box = _Box(b, b.add(first, b.mul(loop.index, size)))
+                offset = b.mul(b.add(loop.index, ir.Constant(I64, BEGAN)), ir.Constant(I64, 8))
+                yield box, b.inttoptr(b.add(values[-1], offset), I64.as_pointer())
+
+        for box, place in each():
+            b.store(nobody, place)
+            with b.if_then(box.change(LISTENING, TAKEN)):
+                b.store(box.read(DONE), place)
+                for i, word in enumerate(helps):
+                    b.store(word, box.word(CALL + i))
+                box.write(STATE, OFFERED)
+        _call(b, words[0], words[1:])
+        for box, place in each():
+            before = b.load(place)
+            with b.if_then(b.icmp_signed("!=", before, nobody)):
+                withdrawn = box.change(OFFERED, LISTENING)
+                b.store(b.select(withdrawn, nobody, before), place)
+                with b.if_then(b.not_(withdrawn)):
+                    _wait(b, box, before, place)
+        return context.get_dummy_value()
+
+    return types.void(boxes, count, kernel, x, out, pairs, parameters, ticket), generate
+
+
+def _wait(b: ir.IRBuilder, box: _Box, before: ir.Value, place: ir.Value) -> None:
+    """Until the box has run its call, and ``place`` says that nobody is at work, or too long."""
+    counter = cgutils.alloca_once(b, I64)
+    b.store(ir.Constant(I64, 0), counter)
+    look, rest = b.append_basic_block("wait"), b.append_basic_block("wait_on")
+    done, leave = b.append_basic_block("done"), b.append_basic_block("waited")
+    b.branch(look)
+    b.position_at_end(look)
+    b.cbranch(b.icmp_signed("==", box.read(DONE), before), rest, done)
+    b.position_at_end(rest)
+    _pause(b)
+    looks = b.add(b.load(counter), ir.Constant(I64, 1))
+    b.store(looks, counter)
+    b.cbranch(b.icmp_signed("<", looks, ir.Constant(I64, PATIENCE)), look, leave)
+    b.position_at_end(done)
+    b.store(ir.Constant(I64, -1), place)
+    b.branch(leave)
+    b.position_at_end(leave)
+
+
+def _listen(box):  # type: ignore[no-untyped-def]
+    _emit_listen(box)
+
+
+def _lend(boxes, count, kernel, x, out, pairs, parameters, ticket):  # type: ignore[no-untyped-def]
+    _emit_lend(boxes, count, kernel, x, out, pairs, parameters, ticket)
+
+
+@functools.cache
+def listen() -> Any:
+    """``listen(box)``: run the calls that are offered there, until none comes for a while."""
+    if config.DISABLE_JIT:
+        return lambda box: None
+    return _entry.ready(_listen, ["listen"], (_entry.ADDRESS,)).call
+
+
+@functools.cache
+def lend() -> Any:
+    """``lend(boxes, count, kernel, x, out, pairs, parameters, ticket)``: run a kernel together.
+
+    In this thread, and in every box whose helper listens.  ``kernel`` holds the address of its
+    machine code.  The ticket gets a word for each box: -1, or what its `DONE` was before a call
+    that still runs.
+    """
+    signature = (_entry.ADDRESS, types.int64, *[_entry.ADDRESS] * (1 + ARGUMENTS))
+    return _entry.ready(_lend, ["lend"], signature).call

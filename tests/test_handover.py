@@ -1,0 +1,95 @@
+"""Calls handed to listening helpers: who runs them, and what happens if nobody does."""
+
+import threading
+
+import numpy as np
+import pytest
+from numba import config
+
+from nbsoftmax import _cpu, _handover, _plan, _pool
+
+from .conftest import Backend
+
+pytestmark = pytest.mark.skipif(config.DISABLE_JIT, reason="nothing is compiled to hand over")
+STATE, DONE = _handover.STATE, _handover.DONE
+
+
+@pytest.fixture
+def call():
+    """A kernel call with many chunks: its parts, and what makes the result."""
+    with _plan.using(serial_bytes=0, chunk_bytes=1):
+        x = np.random.default_rng(0).standard_normal((3000, 500)).astype(np.float32)
+        out = np.zeros_like(x)
+        launch = _cpu._launch("softmax", x.shape, x.strides, x.dtype, 1, False, out.strides, 0)
+        yield launch.calls[0], x, out
+
+
+def lend(boxes, call, x, out):
+    ticket = np.zeros(_handover.BEGAN + len(boxes), np.int64)
+    ticket[_handover.BEGAN :] = -7
+    arrays = call.machine_code, x, out, None, call.parameters, ticket
+    _handover.lend()(boxes, len(boxes), *arrays)
+    return ticket
+
+
+def test_who_listens_in_vain_goes_away():
+    (box,) = _handover.boxes(1)
+    _handover.listen()(box)
+    assert box.tolist() == [_handover.AWAY] + [0] * (box.size - 1)
+
+
+def test_boxes_share_no_cache_line():
+    boxes = _handover.boxes(5)
+    assert boxes.ctypes.data % 64 == 0
+    assert boxes.strides[0] % 128 == 0
+
+
+@pytest.mark.parametrize("state", ["AWAY", "LISTENING", "TAKEN", "OFFERED", "WORKING"])
+def test_the_caller_does_alone_what_nobody_begins(state, call):
+    """Nobody looks at the box, whatever its state says: then only its own offer is withdrawn."""
+    kernel, x, out = call
+    boxes = _handover.boxes(2)
+    boxes[1, STATE] = before = getattr(_handover, state)
+    ticket = lend(boxes, kernel, x, out)
+    assert boxes[:, STATE].tolist() == [_handover.AWAY, before]
+    assert boxes[:, DONE].tolist() == [0, 0]
+    assert ticket[_handover.BEGAN :].tolist() == [-1, -1]
+    assert ticket[8] == kernel.items
+    np.testing.assert_array_equal(out, Backend.NUMPY("softmax", x, 1))
+
+
+def test_a_listener_runs_what_it_is_offered(call):
+    kernel, x, out = call
+    boxes = _handover.boxes(1)
+    stop = threading.Event()
+
+    def listen():
+        while not stop.is_set():
+            _handover.listen()(boxes[0])
+
+    helper = threading.Thread(target=listen, daemon=True)
+    helper.start()
+    calls = 0
+    while boxes[0, DONE] < 20 and calls < 100_000:
+        out[...] = 0
+        ticket = lend(boxes, kernel, x, out)
+        calls += 1
+        assert ticket[8] == kernel.items
+        assert ticket[_handover.BEGAN] == -1
+    stop.set()
+    helper.join(10)
+    assert not helper.is_alive()
+    assert boxes[0, DONE] >= 20
+    np.testing.assert_array_equal(out, Backend.NUMPY("softmax", x, 1))
+
+
+def test_helpers_of_the_pool_listen_after_work(call):
+    """A loop of calls finds them awake: few of its calls go through the queue."""
+    if _pool.thread_count() < 2:
+        pytest.skip("one core: no helpers")
+    kernel, x, out = call
+    for _ in range(100_000):
+        kernel(x, out, None, 2)
+        if _pool._boxes[0, DONE] >= 20:
+            return
+    raise AssertionError("no helper ever listened")
