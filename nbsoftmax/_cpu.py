@@ -89,6 +89,7 @@ def _call(
         "inner": inner,
         "scratch": rows * row + 6 * _plan.VECTOR_BYTES,
         "ahead": _plan.prefetch_bytes(job.walk, block * row, strides.get("x_row", 0)),
+        "out_ahead": _plan.prefetch_bytes(job.walk, block * row, strides.get("out_row", 0)),
         **strides,
     }
     parameters = np.array([numbers.get(name, 0) for name in kernels.PARAMETERS], np.int64)
@@ -205,6 +206,8 @@ def _launch(
     past_cache = plan.past_cache and out_at % size == 0
     if across:
         past_cache = past_cache and alike and (shifted or out_at == 0)
+    if plan.walk == "short":  # whole lines of several rows
+        past_cache = past_cache and fold.out_outer == n * size == n * real.itemsize
     parallel = outer * n * inner * real.itemsize >= _plan.LIMITS.serial_bytes
     row = plan.panel * _plan.VECTOR_BYTES if across else real.itemsize
     item_bytes = min(n, plan.block) * row

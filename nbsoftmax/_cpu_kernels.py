@@ -78,7 +78,8 @@ PARAMETERS = (
     "blocks",
     "panels",
     "inner",
-    "ahead",  # prefetch so many bytes ahead of the walk; 0 for the next item
+    "ahead",  # prefetch x so many bytes ahead of the walk; 0 for the next item
+    "out_ahead",  # and lines of out that are not written whole
     "shifted",  # whether the first panel ends where the array's whole vectors begin
     "x_outer",
     "x_block",
@@ -347,13 +348,18 @@ class Kernel:
 
     # -- the walk -----------------------------------------------------------------------------
 
-    def walk(self, stages: "list[Stage]", next_item: Item) -> None:
-        """All steps of the stages' items: together while none needs a mask, then each alone."""
+    def walk(self, stages: "list[Stage]", items: list[Item]) -> None:
+        """All steps of the stages' items: together while none needs a mask, then each alone.
+
+        ``items`` begins with the one that comes next, and ends with the last stage's.
+        """
         common = functools.reduce(self.smaller, [stage.range.full for stage in stages])
-        first = stages[0]
-        first.look_ahead(next_item)
+        first, last = stages[0], stages[-1]
+        first.look_ahead(items[0])
+        last.look_ahead_out(items[-2])
         with self.o.loop(self.int(0), common, self.stride) as j:
             first.prefetch(j, self.panel)
+            last.prefetch_out(j)
             # Last stage first: it reads the scratch that the stage before it fills.
             for stage in reversed(stages):
                 for u in range(self.panel):
@@ -370,12 +376,12 @@ class Kernel:
         for stage in reversed(stages):
             stage.leave()
 
-    def turned_walk(self, stages: "list[Stage]", next_item: Item) -> None:
+    def turned_walk(self, stages: "list[Stage]", items: list[Item]) -> None:
         """The same for short rows, whose tiles lie in the first-level cache: one after the other.
 
         Independent of each other, they hide each other's latency.
         """
-        stages[0].look_ahead(next_item)
+        stages[0].look_ahead(items[0])
         for stage in reversed(stages):
             stage.turned()
             stage.leave()
@@ -400,12 +406,12 @@ class Kernel:
         # Alone, everything is one chunk: its first items run without overlap.
         chunk = b.select(alone, self.items, self.chunk)
         chunks = b.select(alone, self.int(1), self.chunks)
-        # Terms, inputs less their shift, copied inputs or the tiles of short rows.
-        parts = 3 if self.packs else 2 + MOST_STAGES * self.short
+        # Terms, inputs less their shift, copied inputs; or for short rows, rows of out and tiles.
+        parts = 3 if self.packs else 2 + (1 + MOST_STAGES) * self.short
         memory = self._malloc(b.add(b.mul(self.scratch, self.int(parts)), self.int(VECTOR_BYTES)))
         self.buffer = b.and_(b.add(memory, self.int(VECTOR_BYTES - 1)), self.int(-VECTOR_BYTES))
         self.shifted_x = b.add(self.buffer, self.scratch)
-        self.packed_x = b.add(self.shifted_x, self.scratch)
+        self.packed_x = self.rows = b.add(self.shifted_x, self.scratch)
         stages = [kind(self) for kind in STAGES[self.job.op]]
 
         def count(address: ir.Value, by: ir.Value) -> ir.Value:
@@ -438,7 +444,7 @@ class Kernel:
         slots = [Slot(b) for _ in range(len(stages) + 1)]  # the first item is only prefetched
         tiles = [cgutils.alloca_once(b, I64) for _ in stages]
         for i, tile in enumerate(tiles):
-            b.store(b.add(self.buffer, b.mul(self.scratch, self.int(2 + i))), tile)
+            b.store(b.add(self.buffer, b.mul(self.scratch, self.int(3 + i))), tile)
         cursor = Cursor(self, low)
         item = self.item(cursor, high, b.load(tiles[0]))
         slots[0].set(item)
@@ -448,6 +454,7 @@ class Kernel:
         items = b.sub(high, low)
         if self.short:
             items = b.sdiv(b.add(items, self.int(self.group - 1)), self.int(self.group))
+        stages[-1].begin(low)
         with self.o.loop(zero, b.add(items, self.int(len(stages) - 1))):
             for newer, older in reversed(list(itertools.pairwise(slots))):
                 older.set(newer.get())
@@ -458,10 +465,9 @@ class Kernel:
             slots[0].set(self.item(cursor, high, b.load(tiles[0])))
             for stage, slot in reversed(list(zip(stages, slots[1:], strict=True))):
                 stage.enter(slot.get())
-            if self.short:
-                self.turned_walk(stages, slots[0].get())
-            else:
-                self.walk(stages, slots[0].get())
+            walk = self.turned_walk if self.short else self.walk
+            walk(stages, [slot.get() for slot in slots])
+        stages[-1].end()
 
     @property
     def copies_huge(self) -> bool:
@@ -489,6 +495,12 @@ class Stage:
         self.k = kernel
         self.o = kernel.o
 
+    def begin(self, low: ir.Value) -> None:
+        """Called before a chunk of items, for the last stage."""
+
+    def end(self) -> None:
+        """Called after it."""
+
     def enter(self, item: Item) -> None:
         self.current = item
         self.range = self.k.range(item)
@@ -502,9 +514,18 @@ class Stage:
     def prefetch(self, j: ir.Value, vectors: int) -> None:
         k = self.k
         start = k.at(self.ahead, j, k.x_row, 0, k.source.itemsize)
-        lines = max(1, vectors * k.o.width * k.source.itemsize // CACHE_LINE_BYTES)
-        for line in range(lines):
-            self.o.prefetch(k.b.add(start, k.int(CACHE_LINE_BYTES * line)))
+        size = vectors * k.o.width * k.source.itemsize
+        places = list(range(0, size, CACHE_LINE_BYTES))
+        if not k.along:
+            places.append(size - 1)  # another line, unless rows begin with one
+        for place in places:
+            self.o.prefetch(k.b.add(start, k.int(place)))
+
+    def look_ahead_out(self, next_item: Item) -> None:
+        """For the last stage, if it writes as much as the first one reads."""
+
+    def prefetch_out(self, j: ir.Value) -> None:
+        """The same."""
 
     def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
         """Vector u of the panel at position j."""
@@ -854,6 +875,16 @@ class Output(Stage):
         super().__init__(kernel)
         self.first = kernel.variables(kernel.sets)
         self.second = kernel.variables(kernel.sets)
+        self.lines = Lines(kernel) if kernel.short and kernel.job.past_cache else None
+
+    def begin(self, low: ir.Value) -> None:
+        if self.lines is not None:
+            k = self.k
+            self.lines.begin(k.b.add(k.out, k.b.mul(low, k.out_outer)))
+
+    def end(self) -> None:
+        if self.lines is not None:
+            self.lines.end()
 
     def parameters(self) -> None:
         for mine, passed in zip((self.first, self.second), self.k.finished, strict=True):
@@ -872,6 +903,28 @@ class Output(Stage):
         self.step_at(self.range, k.int(0), 0, k.o.live(skip))
         self.range = k.after(self.range, skip)
 
+    def look_ahead_out(self, next_item: Item) -> None:
+        """Have lines of out ready when the next item comes to them, those that are read first.
+
+        Stores leave in order: one that waits for its line holds up all behind it, and the processor
+        sees no stream here.
+        """
+        k, b = self.k, self.k.b
+        further = b.icmp_signed("==", k.out_ahead, k.int(0))
+        self.ahead = b.select(further, next_item.out, b.add(self.current.out, k.out_ahead))
+        if k.along and k.job.past_cache:
+            size = b.mul(next_item.length, k.int(k.result.itemsize))
+            for place in (next_item.out, b.add(next_item.out, size)):
+                self.o.prefetch(place, to_write=True)
+
+    def prefetch_out(self, j: ir.Value) -> None:
+        k = self.k
+        if k.job.walk == "across" and not k.job.past_cache:
+            place = k.at(self.ahead, j, k.out_row, 0, k.result.itemsize)
+            size = k.panel_elements * k.result.itemsize
+            for line in [*range(0, size, CACHE_LINE_BYTES), size - 1]:
+                self.o.prefetch(k.b.add(place, k.int(line)), to_write=True)
+
     def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
         self.step_at(self.range, j, u, mask)
 
@@ -888,11 +941,73 @@ class Output(Stage):
         with o.loop(k.int(0), item.length, o.width) as q:
             columns = [self.value(self.range, b.add(q, k.int(j)), 0, None) for j in range(o.width)]
             mask = o.live(b.sub(item.length, q))
-            start = b.add(item.out, b.mul(q, k.int(k.result.itemsize)))
+            out = item.out if self.lines is None else self.lines.free()
+            start = b.add(out, b.mul(q, k.int(k.result.itemsize)))
             for i, line in enumerate(o.transpose(columns)):
                 place = b.add(start, b.mul(k.int(i), k.out_outer))
                 with b.if_then(b.icmp_signed("<", k.int(i), item.columns)):
                     k.result.store(o, place, line, mask)
+        if self.lines is not None:
+            idle = b.icmp_signed("==", item.length, k.int(0))
+            rows = b.select(idle, k.int(0), item.columns)
+            self.lines.take(b.mul(rows, k.out_outer))
+
+
+class Lines:
+    """Rows one behind the other, held until they fill lines of out that leave past the cache.
+
+    Memory begins at ``line``, a whole vector of out; ``held`` bytes are there, of which the first
+    ``skip`` are not ours.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.k, self.o, self.b = kernel, kernel.o, kernel.b
+        self.line, self.held, self.skip = (cgutils.alloca_once(kernel.b, I64) for _ in range(3))
+
+    def begin(self, address: ir.Value) -> None:
+        b, k = self.b, self.k
+        before = b.and_(address, k.int(VECTOR_BYTES - 1))
+        for variable, value in (
+            (self.line, b.sub(address, before)),
+            (self.held, before),
+            (self.skip, before),
+        ):
+            b.store(value, variable)
+
+    def free(self) -> ir.Value:
+        """Where the next row goes."""
+        return self.b.add(self.k.rows, self.b.load(self.held))
+
+    def take(self, size: ir.Value) -> None:
+        """``size`` bytes have been put there: send whole lines, keep the rest."""
+        b, k, o = self.b, self.k, self.o
+        line, skip = b.load(self.line), b.load(self.skip)
+        held = b.add(b.load(self.held), size)
+        whole = b.and_(held, k.int(-VECTOR_BYTES))
+        some = b.icmp_signed(">", whole, k.int(0))
+        cut = b.and_(some, b.icmp_signed(">", skip, k.int(0)))
+        with b.if_then(cut, likely=False):
+            self.send_part(k.int(VECTOR_BYTES))
+        start = b.select(cut, k.int(VECTOR_BYTES), k.int(0))
+        with o.loop(start, whole, VECTOR_BYTES) as at:
+            value = o.load(b.add(k.rows, at))
+            k.result.store(o, b.add(line, at), value, past_cache=True)
+        o.store(k.rows, o.load(b.add(k.rows, whole)))
+        b.store(b.add(line, whole), self.line)
+        b.store(b.sub(held, whole), self.held)
+        b.store(b.select(some, k.int(0), skip), self.skip)
+
+    def send_part(self, end: ir.Value) -> None:
+        """The first line's bytes from ``skip`` to ``end``, which others may share."""
+        b, k, o = self.b, self.k, self.o
+        size = k.int(k.result.itemsize)
+        counts = [b.udiv(value, size) for value in (b.load(self.skip), end)]
+        not_ours, ours = (o.live(count) for count in counts)
+        mask = Vector(o, b.and_(ours.value, b.not_(not_ours.value)))
+        k.result.store(o, b.load(self.line), o.load(k.rows), mask)
+
+    def end(self) -> None:
+        self.send_part(self.b.load(self.held))
 
 
 class Scale(Output):

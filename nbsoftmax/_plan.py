@@ -147,7 +147,7 @@ def plan(
             return Plan("across", panel, max(8, limits.panel_block_bytes // row), past_cache)
         return Plan("across", panel, n, past_cache)
     if n <= short and outer >= width // 2:
-        return Plan("short", 1, n)
+        return Plan("short", 1, n, past_cache)
     if lane > (limits.few_lanes_bytes if outer < limits.few_lanes else limits.lane_bytes):
         return Plan("along", 4, limits.block_bytes // compute_itemsize, past_cache)
     return Plan("along", 4, n, past_cache)

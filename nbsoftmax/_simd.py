@@ -253,11 +253,11 @@ class Emitter:
     def store(self, address: ir.Value, value: Vector, mask: Vector | None = None) -> None:
         self.store_raw(address, value.value, mask)
 
-    def prefetch(self, address: ir.Value) -> None:
+    def prefetch(self, address: ir.Value, to_write: bool = False) -> None:
         """Into the second-level cache."""
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
-        flags = [ir.Constant(I32, v) for v in (0, 2, 1)]
+        flags = [ir.Constant(I32, v) for v in (int(to_write), 2, 1)]
         self.b.call(function, [self.at(address, I8), *flags])
 
     @contextlib.contextmanager

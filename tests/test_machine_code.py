@@ -127,3 +127,9 @@ def test_stores_past_the_cache_are_that(op, dtype, walk, past_cache):
     job = kernels.Job(op, dtype, dtype, walk, past_cache=past_cache)
     stores = re.findall(r"\bv?movnt\w+", "\n".join(hot_loops(job)))
     assert bool(stores) == past_cache
+
+
+@pytest.mark.parametrize("past_cache", [False, True])
+def test_short_rows_leave_past_the_cache_too(past_cache):
+    job = kernels.Job("softmax", "float32", "float32", "short", 1, past_cache)
+    assert ("vmovnt" in "\n".join(body(job))) == past_cache

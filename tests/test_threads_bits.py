@@ -4,6 +4,8 @@ import numba
 import numpy as np
 import pytest
 
+from nbsoftmax import _plan
+
 from . import cases
 from .cases import OPS, aligned_at, case_id
 from .conftest import each_library
@@ -137,3 +139,25 @@ def test_the_space_between_lanes_does_not_matter(shape, axis, layout, dtype, bac
     x = cases.draw(shape, dtype, offset=50)
     y = cases.LAYOUTS[layout](x)
     assert bits(all_ops(y, axis, backend)) == bits(all_ops(x, axis, backend))
+
+
+@pytest.mark.parametrize("offset", [0, 8, 16, 40, 56])
+@pytest.mark.parametrize("dtype", cases.FLOATS)
+@pytest.mark.parametrize(
+    ("rows", "n"), [(8, 1), (9, 3), (16, 16), (17, 5), (100, 37), (1000, 7), (77, 112)]
+)
+def test_short_rows_fill_shared_lines_and_nothing_else(rows, n, dtype, offset, backend):
+    """Rows that leave in whole cache lines: the first and last line are partly someone else's."""
+    x = cases.draw((rows, n), dtype)
+    size = x.nbytes
+    around = aligned_at((offset + size + 128,), np.uint8, 0)
+    out = around[offset : offset + size].view(dtype).reshape(x.shape)
+    for op in ("softmax", "log_softmax"):
+        expected = backend(op, x, 1)
+        for changes in ({}, {"serial_bytes": 0, "chunk_bytes": 1}):
+            around[...] = 7
+            with _plan.using(past_cache_bytes=0, **changes):
+                backend(op, x, 1, out=out)
+            assert out.tobytes() == expected.tobytes()
+            assert (around[:offset] == 7).all()
+            assert (around[offset + size :] == 7).all()
