@@ -78,9 +78,9 @@ def call_of() -> Callable[[str, Problem, str], peers.Made]:
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     """Describe the machine as the main job does; name neither host nor paths."""
     machine = _machine.machine()
-    for library in ("torch", "jax", "onnxruntime"):
+    for library, package in (("torch", "torch"), ("JAX", "jax"), ("ONNX Runtime", "onnxruntime")):
         try:
-            machine["versions"][library] = importlib.metadata.version(library).partition("+")[0]
+            machine["versions"][library] = importlib.metadata.version(package).partition("+")[0]
         except importlib.metadata.PackageNotFoundError:
             continue
     if peers.scipy_1_14 is not None:
@@ -93,11 +93,16 @@ def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, An
     return {}
 
 
+# What no table or picture here needs, nor `pytest-benchmark compare`.
+_SPARE = ("data", "total", "q1", "q3", "ld15iqr", "hd15iqr", "iqr_outliers", "stddev_outliers")
+
+
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """Keep what is read again: no single rounds, no options, five digits."""
     for row in output_json["benchmarks"]:
         if not config.getoption("benchmark_save_data"):
-            row["stats"].pop("data", None)
+            for name in _SPARE:
+                row["stats"].pop(name, None)
         row |= {"options": {}, "params": None, "param": None}
         for figures in (row["stats"], row["extra_info"]):
             for name, value in figures.items():

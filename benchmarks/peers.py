@@ -130,6 +130,8 @@ def _onnx_session(op: str, x: Array, axis: Axis) -> Any:
     runtime, onnx = _module("onnxruntime"), _module("onnx")
     if isinstance(axis, tuple) and op != "logsumexp":
         raise Lacks(f"ONNX's {_ONNX[op]} takes one axis")
+    if op != "logsumexp" and axis not in (-1, x.ndim - 1):
+        raise Lacks(f"ONNX Runtime's {_ONNX[op]} transposes for any axis but the last: not timed")
     axes = axis if isinstance(axis, tuple) else (axis,)
     attributes = {"axes": axes, "keepdims": 0} if op == "logsumexp" else {"axis": axis}
     make = onnx.helper
@@ -253,6 +255,9 @@ def _scipy_1_14(op: str, x: Array, axis: Axis) -> Made:
         raise Lacks("SciPy 1.14 is timed on contiguous float32 and float64 arrays only")
     return scipy_1_14.make(op, x, axis)
 
+
+# What is like another library, or another version of it: timed on the main job's arrays only.
+SHARED_ONLY = ("SciPy 1.14", "NumPy formula")
 
 # A name that ends in "out=" writes to an array in use; the others return a new one.
 PEERS: dict[str, Callable[[str, Array, Axis], Made]] = {

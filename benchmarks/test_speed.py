@@ -2,8 +2,8 @@
 
 import pytest
 
-from cases import OPS, REGIMES, Regime
-from peers import PEERS
+from cases import OPS, REGIMES, SHARED, Regime
+from peers import PEERS, SHARED_ONLY
 from problem import problem
 from rounds import describe, in_turn, timed
 
@@ -15,6 +15,7 @@ ROWS = [
     for dtype in regime.dtypes
     for op in OPS
     for peer in PEERS
+    if regime in SHARED or peer not in SHARED_ONLY
 ]
 
 
