@@ -6,33 +6,32 @@ python benchmarks/tables.py --check    # fails where a table is not the measured
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
-ROOT = Path(__file__).parents[1]
-FUNCTIONS = ("softmax", "log_softmax", "logsumexp")
-Report = dict[str, Any]
+from results import DTYPES, OPS, ROOT, Row, load, rows, where
 
-
-def _where(report: Report, *libraries: str) -> str:
-    """Say on what and when the figures were taken."""
-    m = report["machine"]
-    versions = ", ".join(f"{name} {m['versions'][name]}" for name in libraries)
-    return f"{m['cpu']}, {m['cores']} cores, {m['simd']}; {versions}; {m['date']}."
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> Iterator[str]:
-    for row in (head, ["---"] + ["---:"] * (len(head) - 1), *rows):
-        yield "| " + " | ".join(row) + " |"
+# Column -> the rows of the suite that it compares, like with like: both return a new array, or
+# both write to one in use.
+PEERS = {
+    "SciPy": ("SciPy", "nbsoftmax"),
+    "SciPy 1.14": ("SciPy 1.14", "nbsoftmax"),
+    "NumPy": ("NumPy formula", "nbsoftmax"),
+    "torch": ("torch", "nbsoftmax"),
+    "torch out=": ("torch out=", "nbsoftmax out="),
+    "JAX": ("JAX", "nbsoftmax"),
+    "ONNX": ("ONNX Runtime", "nbsoftmax"),
+    "ONNX out=": ("ONNX Runtime out=", "nbsoftmax out="),
+}
+LIBRARIES = ("nbsoftmax", "SciPy", "torch", "JAX", "ONNX Runtime", "NumPy", "Numba")
 
 
-def _case(row: Report) -> str:
-    shape = "(" + ", ".join(map(str, row["shape"])) + ")"
-    return f"{shape}, axis {row['axis']}"
+def _markdown(head: Iterable[str], lines: Iterable[Iterable[str]], words: int = 1) -> Iterator[str]:
+    """Yield a table whose first columns are words and the others figures."""
+    head = list(head)
+    for line in (head, ["---"] * words + ["---:"] * (len(head) - words), *lines):
+        yield "| " + " | ".join(line) + " |"
 
 
 def _ulp(value: float | None) -> str:
@@ -41,46 +40,112 @@ def _ulp(value: float | None) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
+def _figure(value: float) -> str:
+    """Two or three digits, never an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:#.2g}"
+
+
+def _groups(test: str) -> dict[str, dict[str, Row]]:
+    """Return the rows of each group by name."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows(load("cpu"), test):
+        found.setdefault(row.group, {})[row.name] = row
+    return found
+
+
 def speed_ups() -> Iterator[str]:
     """Yield the README's table: how many times faster than SciPy."""
-    report = _load("speed")
+    report = load("speed")
     cells: dict[str, list[str]] = {}
     columns: dict[str, None] = {}
     for row in report["speed"]:
         columns[f"{row['function']} {row['dtype']}"] = None
-        cells.setdefault(_case(row), []).append(f"{row['speed_up']:.1f}")
+        case = f"{tuple(row['shape'])}, axis {row['axis']}"
+        cells.setdefault(case, []).append(f"{row['speed_up']:.1f}")
     yield from _markdown(["array", *columns], [[case, *three] for case, three in cells.items()])
     yield ""
-    yield _where(report, "nbsoftmax", "SciPy", "NumPy", "Numba")
+    yield where(report, "nbsoftmax", "SciPy", "NumPy", "Numba")
+
+
+def _speed_line(group: dict[str, Row]) -> Iterator[str]:
+    ours = group["nbsoftmax out="]
+    yield ours.array
+    yield ours.info["op"]
+    yield _figure(1e3 * ours.seconds)
+    yield f"{ours.limits:.2f}" if ours.limits < 10 else f"{ours.limits:.0f}"
+    yield _figure(ours.info["gb_per_s"])
+    for theirs, as_ours in PEERS.values():
+        row = group.get(theirs)
+        if row is None:
+            yield ""
+        else:
+            note = "*" if "deviates" in row.info else ""
+            yield _figure(row.seconds / group[as_ours].seconds) + note
 
 
 def speed() -> Iterator[str]:
-    """Yield the full table of times."""
-    report = _load("speed")
-    rows = [
-        [
-            f"{_case(row)}, {row['dtype']}",
-            row["function"],
-            *(f"{1e3 * row[key]:.3g}" for key in ("scipy_s", "nbsoftmax_s")),
-            f"{row['speed_up']:.1f}",
-            f"{1e3 * row['out_s']:.3g}",
-            f"{row['gb_per_s']:.1f}",
-            f"{row['percent_of_copy']:.0f}",
+    """Yield a table of times for each dtype."""
+    groups = [group for group in _groups("test_speed").values() if "nbsoftmax out=" in group]
+    dtypes = dict.fromkeys(group["nbsoftmax out="].info["dtype"] for group in groups)
+    for dtype in dtypes:
+        lines = [
+            _speed_line(group) for group in groups if group["nbsoftmax out="].info["dtype"] == dtype
         ]
-        for row in report["speed"]
+        yield f"{dtype}:"
+        yield ""
+        yield from _markdown(["array", "function", "ms", "copies", "GB/s", *PEERS], lines, 2)
+        yield ""
+    yield f"{where(load('cpu'), *LIBRARIES)} With *: the result deviates, for a known reason."
+
+
+def threads() -> Iterator[str]:
+    """Yield how many times faster more threads are than one."""
+    cells: dict[tuple[str, ...], dict[int, float]] = {}
+    for row in rows(load("cpu"), "test_threads"):
+        key = (row.array, row.info["dtype"], row.info["op"])
+        cells.setdefault(key, {})[row.info["threads"]] = row.seconds
+    counts = sorted({count for times in cells.values() for count in times})
+    lines = [
+        [
+            ", ".join(key[:2]),
+            key[2],
+            f"{1e3 * times[1]:.3g}",
+            *(f"{times[1] / times[count]:.2f}" for count in counts[1:]),
+        ]
+        for key, times in cells.items()
     ]
-    head = "array|function|SciPy, ms|nbsoftmax, ms|speed-up|with out=, ms|GB/s|% of copy"
-    yield from _markdown(head.split("|"), rows)
-    yield ""
-    where = _where(report, "nbsoftmax", "SciPy", "NumPy", "Numba")
-    yield f"{where} Copy: {report['machine']['copy']}."
+    yield from _markdown(["array", "function", "1 thread, ms", *map(str, counts[1:])], lines, 2)
+
+
+def first_calls() -> Iterator[str]:
+    """Yield the times that only a fresh process sees."""
+    report = load("cpu")
+    lines = [[row.name, f"{1e3 * row.seconds:.0f}", ""] for row in rows(report, "test_import")]
+    calls: dict[str, dict[str, float]] = {}
+    for row in rows(report, "test_first_call"):
+        calls.setdefault(row.name, {})[row.info["cache"]] = 1e3 * row.seconds
+    lines += [
+        [name, f"{times['cold']:.0f}", f"{times['warm']:.0f}"] for name, times in calls.items()
+    ]
+    yield from _markdown(["in a fresh process", "ms", "from the disk cache, ms"], lines)
+
+
+def memory() -> Iterator[str]:
+    """Yield the memory that a call takes for a while, in percent of x."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows(load("cpu"), "test_peak_memory"):
+        key = (row.array, row.info["op"])
+        cells.setdefault(key, {})[row.name] = f"{row.info['percent_of_x']:.0f}"
+    names = list(dict.fromkeys(name for line in cells.values() for name in line))
+    lines = [[*key, *(line.get(name, "") for name in names)] for key, line in cells.items()]
+    yield from _markdown(["array, float32", "function", *names], lines, 2)
 
 
 def accuracy() -> Iterator[str]:
     """Yield a table of worst errors for each dtype."""
-    report = _load("accuracy")
+    report = load("accuracy")
     libraries = list(report["accuracy"][0]["ulp"])
-    for dtype in ("float32", "float64"):
+    for dtype in DTYPES:
         cells: dict[str, list[str]] = {}
         for row in report["accuracy"]:
             if row["dtype"] == dtype:
@@ -88,23 +153,20 @@ def accuracy() -> Iterator[str]:
                 cells.setdefault(row["input"], []).append(figures)
         yield f"{dtype}: {' · '.join(libraries)}, worst ulp"
         yield ""
-        yield from _markdown(["input", *FUNCTIONS], [[name, *c] for name, c in cells.items()])
+        yield from _markdown(["input", *OPS], [[name, *c] for name, c in cells.items()])
         yield ""
-    where = _where(report, *libraries, "NumPy", "Numba")
-    yield f"{where} Reference: {report['machine']['reference']}."
+    reference = report["machine"]["reference"]
+    yield f"{where(report, *libraries, 'NumPy', 'Numba')} Reference: {reference}."
 
 
 PLACES: tuple[tuple[str, Callable[[], Iterator[str]]], ...] = (
     ("README.md", speed_ups),
     ("docs/performance.md", speed),
+    ("docs/performance.md", threads),
+    ("docs/performance.md", first_calls),
+    ("docs/performance.md", memory),
     ("docs/accuracy.md", accuracy),
 )
-
-
-def _load(name: str) -> Report:
-    path = Path(__file__).parent / "results" / f"{name}.json"
-    report: Report = json.loads(path.read_text(encoding="utf-8"))
-    return report
 
 
 def main(check: bool) -> int:
@@ -122,7 +184,7 @@ def main(check: bool) -> int:
             stale.append(file)
             if not check:
                 path.write_text(new, encoding="utf-8")
-    for file in stale:
+    for file in dict.fromkeys(stale):
         print(f"{file}: {'stale; run benchmarks/tables.py' if check else 'rewritten'}")
     return 1 if check and stale else 0
 

@@ -1,0 +1,253 @@
+"""Measure where each of nbsoftmax's limits should lie on this machine.
+
+python benchmarks/thresholds.py                          # all of them: some minutes
+python benchmarks/thresholds.py serial_bytes lane_bytes  # these
+python benchmarks/thresholds.py --json FILE              # and write the figures
+
+A limit decides between two regimes: both run on arrays around it, in turn, and the ratio of their
+times says which side each size belongs to; "measured" is the last one that belongs below. A limit
+that is a size (a block, a chunk) is tried at several values; "measured" is the fastest. Differences
+of a few percent are noise: compare two runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import timeit
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import nbsoftmax
+from nbsoftmax import _machine, _plan
+
+NEVER = 1 << 60
+KIB, MIB = 1 << 10, 1 << 20
+SAMPLE_SECONDS = 1e-3
+Changes = dict[str, int]
+# Given a size in the limit's own unit: the shape, the axis and the dtype of an array about there.
+Arrays = Callable[[int], tuple[tuple[int, ...], int, str]]
+
+
+@dataclass(frozen=True)
+class Border:
+    """A limit between two regimes: what sets either, and sizes about it, in its unit."""
+
+    sizes: tuple[int, ...]
+    array: Arrays
+    below: Changes  # limits that lead every one of the arrays into the regime of small sizes
+    above: Changes  # and of large ones
+    op: str = "softmax"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A limit that is the size of a piece: values to try, and the array to try them on."""
+
+    values: tuple[int, ...]
+    array: tuple[tuple[int, ...], int, str]
+    around: Changes  # limits that lead the array into the regime with such pieces
+
+
+def _doubling(first: int, last: int) -> tuple[int, ...]:
+    sizes = [first]
+    while 2 * sizes[-1] <= last:
+        sizes.append(2 * sizes[-1])
+    return tuple(sizes)
+
+
+_SHORT = (32, 48, 64, 80, 96, 112, 128, 160, 192)
+EXPERIMENTS: dict[str, Border | Size] = {
+    "short_float32_elements": Border(
+        _SHORT,
+        lambda n: ((MIB // n, n), -1, "float32"),
+        {"short_float32_elements": NEVER},
+        {"short_float32_elements": 0},
+    ),
+    "short_float64_elements": Border(
+        _SHORT,
+        lambda n: ((MIB // n, n), -1, "float64"),
+        {"short_float64_elements": NEVER},
+        {"short_float64_elements": 0},
+    ),
+    "lane_bytes": Border(
+        _doubling(32 * KIB, 2 * MIB),
+        lambda size: ((32, size // 4), -1, "float32"),
+        {"lane_bytes": NEVER},
+        {"lane_bytes": 0},
+    ),
+    "block_bytes": Size(
+        _doubling(8 * KIB, 512 * KIB), ((1, 4 * MIB), -1, "float32"), {"few_lanes_bytes": 0}
+    ),
+    "few_lanes": Border(
+        (1, 2, 4, 8, 16, 32, 64),
+        lambda lanes: ((lanes, 40_000), -1, "float32"),
+        {"few_lanes": NEVER, "few_lanes_bytes": 0},
+        {"few_lanes": 0, "lane_bytes": NEVER},
+    ),
+    "few_lanes_bytes": Border(
+        _doubling(16 * KIB, MIB),
+        lambda size: ((4, size // 4), -1, "float32"),
+        {"few_lanes_bytes": NEVER},
+        {"few_lanes_bytes": 0},
+    ),
+    "panel_bytes": Border(
+        _doubling(64 * KIB, 4 * MIB),
+        lambda size: ((size // 128, 1024), 0, "float32"),
+        {"panel_bytes": NEVER},
+        {"panel_bytes": 0},
+    ),
+    "panel_block_bytes": Size(
+        _doubling(8 * KIB, 512 * KIB), ((8192, 512), 0, "float32"), {"panel_bytes": 0}
+    ),
+    "few_panels": Border(
+        (1, 2, 4, 8, 16, 32, 64),
+        lambda panels: ((1000, 32 * panels), 0, "float32"),
+        {"few_panels": NEVER, "few_panels_bytes": 0},
+        {"few_panels": 0, "panel_bytes": NEVER},
+    ),
+    "few_panels_bytes": Border(
+        _doubling(8 * KIB, 512 * KIB),
+        lambda size: ((size // 128, 128), 0, "float32"),
+        {"few_panels_bytes": NEVER},
+        {"few_panels_bytes": 0},
+    ),
+    "narrow_elements": Border(
+        (2, 3, 4, 5, 6, 8, 12, 16),
+        lambda inner: ((1000, 100, inner), 1, "float32"),
+        {"narrow_elements": NEVER},
+        {"narrow_elements": 0},
+    ),
+    "serial_bytes": Border(
+        _doubling(64 * KIB, 8 * MIB),
+        lambda size: ((size // 4000, 1000), -1, "float32"),
+        {"serial_bytes": NEVER},
+        {"serial_bytes": 0},
+    ),
+    "chunks_per_thread": Size((1, 2, 4, 8, 16, 32, 64), ((2048, 1000), -1, "float32"), {}),
+    "chunk_bytes": Size(_doubling(4 * KIB, 512 * KIB), ((1024, 1000), -1, "float32"), {}),
+    "past_cache_bytes": Border(
+        _doubling(2 * MIB, 64 * MIB),
+        lambda size: ((size // 4096, 1024), -1, "float32"),
+        {"past_cache_bytes": NEVER},
+        {"past_cache_bytes": 0},
+    ),
+    "packed_bytes": Size(
+        _doubling(32 * KIB, 4 * MIB), ((256, 16, 256, 2), 1, "float32"), {"narrow_elements": NEVER}
+    ),
+}
+
+
+def medians(
+    op: str, array: tuple[tuple[int, ...], int, str], variants: list[Changes], rounds: int
+) -> list[float]:
+    """Return the median seconds of a call with each of these limits, taken in turn."""
+    shape, axis, dtype = array
+    x = np.random.default_rng(7).standard_normal(shape, np.float32).astype(dtype)
+    function = getattr(nbsoftmax, op)
+    call = partial(function, x, axis=axis, out=np.array(function(x, axis=axis)))
+    times: list[list[float]] = [[] for _ in variants]
+    for _ in range(rounds):
+        for changes, seconds in zip(variants, times, strict=True):
+            with _plan.using(**changes):
+                call()  # plans anew, and may compile
+                once = timeit.timeit(call, number=1)
+                calls = 1 + int(SAMPLE_SECONDS / once)
+                seconds.append(timeit.timeit(call, number=calls) / calls)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def crossing(sizes: list[int], ratios: list[float]) -> int | None:
+    """Return the largest size up to which the regime of small sizes wins; None if none does.
+
+    `ratios` are its times over the other's. One size may be noise: the cut is where the product of
+    what is lost on both sides is least.
+    """
+    logs = np.log(ratios)
+    lost = [logs[:i].sum() - logs[i:].sum() for i in range(len(sizes) + 1)]
+    best = int(np.argmin(lost))
+    return sizes[best - 1] if best else None
+
+
+def measure(name: str, experiment: Border | Size, rounds: int) -> dict[str, Any]:
+    """Run one experiment; return its figures, beside the limit as it stands."""
+    current = getattr(_plan.LIMITS, name)
+    best: int | None
+    if isinstance(experiment, Size):
+        variants = [experiment.around | {name: value} for value in experiment.values]
+        times = medians("softmax", experiment.array, variants, rounds)
+        figures = [time / min(times) for time in times]
+        sizes, best = experiment.values, experiment.values[int(np.argmin(times))]
+    else:
+        figures, sizes = [], experiment.sizes
+        for size in sizes:
+            variants = [experiment.below, experiment.above]
+            below, above = medians(experiment.op, experiment.array(size), variants, rounds)
+            figures.append(below / above)
+        best = crossing(list(sizes), figures)
+    return {
+        "limit": name,
+        "kind": type(experiment).__name__.lower(),
+        "current": current,
+        "measured": best,
+        "sizes": list(sizes),
+        "figures": [round(figure, 3) for figure in figures],
+    }
+
+
+def main() -> None:
+    """Measure the limits that are asked for, and print each as it is done."""
+    fields = list(vars(_plan.LIMITS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("limits", nargs="*", metavar="LIMIT", help=", ".join(fields))
+    parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    unknown = [name for name in options.limits if name not in fields]
+    if unknown:
+        parser.error(f"no such limit: {', '.join(unknown)}; there are {', '.join(fields)}")
+    console = Console()
+    found = []
+    for name in options.limits or fields:
+        if name not in EXPERIMENTS:
+            console.print(f"{name}: no experiment is known for it\n")
+            continue
+        found.append(measure(name, EXPERIMENTS[name], options.rounds))
+        _print(console, found[-1])
+    if options.json is not None:
+        text = json.dumps({"machine": _machine.machine(), "limits": found}, indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
+
+
+def _print(console: Console, result: dict[str, Any]) -> None:
+    meaning = {
+        "border": "time of the regime below the limit / of the one above",
+        "size": "time / the least time",
+    }[result["kind"]]
+    title = f"{result['limit']}: now {result['current']}, measured {result['measured']}"
+    table = Table(title=title, title_justify="left", caption=meaning, caption_justify="left")
+    for size in result["sizes"]:
+        table.add_column(_short(size), justify="right")
+    table.add_row(*(f"{figure:.2f}" for figure in result["figures"]))
+    console.print(table, "")
+
+
+def _short(size: int) -> str:
+    for unit, name in ((MIB, "M"), (KIB, "K")):
+        if size >= unit and size % unit == 0:
+            return f"{size // unit}{name}"
+    return str(size)
+
+
+if __name__ == "__main__":
+    main()
