@@ -64,7 +64,7 @@ def _doubling(first: int, last: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-_SHORT = (32, 48, 64, 80, 96, 112, 128, 160, 192)
+_SHORT = (32, 64, 96, 112, 128, 160, 192, 224, 256, 320)
 EXPERIMENTS: dict[str, Border | Size] = {
     "short_float32_elements": Border(
         _SHORT,
@@ -108,6 +108,18 @@ EXPERIMENTS: dict[str, Border | Size] = {
     "panel_block_bytes": Size(
         _doubling(8 * KIB, 512 * KIB), ((8192, 512), 0, "float32"), {"panel_bytes": 0}
     ),
+    "narrow_panel_least": Border(
+        (2, 3, 4, 6, 8, 12, 16, 32),
+        lambda n: ((MIB // (128 * n), n, 128), 1, "float32"),
+        {"narrow_panel_least": NEVER},
+        {"narrow_panel_least": 0},
+    ),
+    "narrow_panel_most": Border(
+        _doubling(64, 4096),
+        lambda n: ((n, 8 * MIB // n), 0, "float32"),
+        {"narrow_panel_most": NEVER},
+        {"narrow_panel_most": 0},
+    ),
     "few_panels": Border(
         (1, 2, 4, 8, 16, 32, 64),
         lambda panels: ((1000, 32 * panels), 0, "float32"),
@@ -140,6 +152,16 @@ EXPERIMENTS: dict[str, Border | Size] = {
         {"past_cache_bytes": NEVER},
         {"past_cache_bytes": 0},
     ),
+    "next_item_bytes": Border(
+        _doubling(4 * KIB, 256 * KIB),
+        lambda size: ((16 * MIB // size, size // 64, 16), 1, "float32"),
+        {"next_item_bytes": NEVER},
+        {"next_item_bytes": 0},
+    ),
+    "ahead_bytes": Size(
+        _doubling(512, 32 * KIB), ((256, 32_768), -1, "float32"), {"next_item_bytes": 0}
+    ),
+    "ahead_rows": Size(_doubling(2, 128), ((4096, 2048), 0, "float32"), {"next_item_bytes": 0}),
     "packed_bytes": Size(
         _doubling(32 * KIB, 4 * MIB), ((256, 16, 256, 2), 1, "float32"), {"narrow_elements": NEVER}
     ),
