@@ -1,7 +1,7 @@
 """Measure where each of nbsoftmax's limits should lie on this machine.
 
 python benchmarks/thresholds.py                          # all of them: some minutes
-python benchmarks/thresholds.py serial_bytes lane_bytes  # these
+python benchmarks/thresholds.py serial_bytes few_lanes  # these
 python benchmarks/thresholds.py --json FILE              # and write the figures
 
 A limit decides between two regimes: both run on arrays around it, in turn, and the ratio of their
@@ -78,11 +78,17 @@ EXPERIMENTS: dict[str, Border | Size] = {
         {"short_float64_elements": NEVER},
         {"short_float64_elements": 0},
     ),
-    "lane_bytes": Border(
+    "lane_float32_bytes": Border(
         _doubling(32 * KIB, 2 * MIB),
         lambda size: ((32, size // 4), -1, "float32"),
-        {"lane_bytes": NEVER},
-        {"lane_bytes": 0},
+        {"lane_float32_bytes": NEVER},
+        {"lane_float32_bytes": 0},
+    ),
+    "lane_float64_bytes": Border(
+        _doubling(32 * KIB, 2 * MIB),
+        lambda size: ((32, size // 8), -1, "float64"),
+        {"lane_float64_bytes": NEVER},
+        {"lane_float64_bytes": 0},
     ),
     "block_bytes": Size(
         _doubling(8 * KIB, 512 * KIB), ((1, 4 * MIB), -1, "float32"), {"few_lanes_bytes": 0}
@@ -91,7 +97,7 @@ EXPERIMENTS: dict[str, Border | Size] = {
         (1, 2, 4, 8, 16, 32, 64),
         lambda lanes: ((lanes, 40_000), -1, "float32"),
         {"few_lanes": NEVER, "few_lanes_bytes": 0},
-        {"few_lanes": 0, "lane_bytes": NEVER},
+        {"few_lanes": 0, "lane_float32_bytes": NEVER},
     ),
     "few_lanes_bytes": Border(
         _doubling(16 * KIB, MIB),
@@ -146,6 +152,7 @@ EXPERIMENTS: dict[str, Border | Size] = {
     ),
     "chunks_per_thread": Size((1, 2, 4, 8, 16, 32, 64), ((2048, 1000), -1, "float32"), {}),
     "chunk_bytes": Size(_doubling(4 * KIB, 512 * KIB), ((1024, 1000), -1, "float32"), {}),
+    "chunk_items": Size((1, 2, 4, 8, 16, 32), ((64, 20_000), -1, "float32"), {}),
     "past_cache_bytes": Border(
         _doubling(2 * MIB, 64 * MIB),
         lambda size: ((size // 4096, 1024), -1, "float32"),

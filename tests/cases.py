@@ -267,18 +267,26 @@ def case_id(case) -> str:
 # Name -> thresholds of `nbsoftmax._plan.Limits` that bring small inputs into it.
 _NEVER = 1 << 60
 _CUT = {
-    "lane_bytes": 200,
+    "lane_float32_bytes": 200,
+    "lane_float64_bytes": 200,
     "few_lanes_bytes": 200,
     "block_bytes": 200,
     "panel_bytes": 500,
     "few_panels_bytes": 500,
     "panel_block_bytes": 500,
 }
-_IN_PIECES = {"serial_bytes": 0, "chunk_bytes": 1, "packed_bytes": 1}
+_IN_PIECES = {"serial_bytes": 0, "chunk_bytes": 1, "chunk_items": 1, "packed_bytes": 1}
 REGIMES: dict[str, dict[str, int]] = {
     "default": {},
-    "whole_lanes": {"short_float32_elements": 0, "short_float64_elements": 0, "lane_bytes": _NEVER,
-                    "few_lanes_bytes": _NEVER, "panel_bytes": _NEVER, "few_panels_bytes": _NEVER},
+    "whole_lanes": {
+        "short_float32_elements": 0,
+        "short_float64_elements": 0,
+        "lane_float32_bytes": _NEVER,
+        "lane_float64_bytes": _NEVER,
+        "few_lanes_bytes": _NEVER,
+        "panel_bytes": _NEVER,
+        "few_panels_bytes": _NEVER,
+    },
     "blocks": _CUT,
     "in_pieces": _IN_PIECES,
     "past_cache": {"past_cache_bytes": 0},
