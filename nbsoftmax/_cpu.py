@@ -133,7 +133,7 @@ class Launch:
             return False
         flags = out.flags
         as_new = flags.c_contiguous and flags.writeable and out.dtype == self.result
-        return as_new and self.transpose is None and not np.may_share_memory(out, x)
+        return as_new and self.transpose is None and _apart(out, x)
 
     def into(self, x: Array, out: Array) -> None:
         """Fill ``out``, whose strides are those that this was made for."""
@@ -359,7 +359,12 @@ def _takes_directly(x: Array, out: Any) -> bool:
     flags = out.flags
     if not flags.writeable or (0 in out.strides and _repeats(out)):
         return False
-    return out is x or not np.may_share_memory(out, x)
+    return out is x or _apart(out, x)
+
+
+def _apart(out: Array, x: Array) -> bool:
+    """Whether two arrays have no memory in common; two that own theirs have not, at a glance."""
+    return (out.flags.owndata and x.flags.owndata) or not np.may_share_memory(out, x)
 
 
 def _place(out: Array) -> int:
