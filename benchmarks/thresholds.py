@@ -17,7 +17,7 @@ import json
 import statistics
 import timeit
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,10 @@ class Border:
 
     sizes: tuple[int, ...]
     array: Arrays
-    below: Changes  # limits that lead every one of the arrays into the regime of small sizes
-    above: Changes  # and of large ones
-    op: str = "softmax"
+    # With the limit at its highest, what else leads every array into the regime of small sizes;
+    # and with the limit at 0, of large ones.
+    below: Changes = field(default_factory=dict)
+    above: Changes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,26 +70,18 @@ EXPERIMENTS: dict[str, Border | Size] = {
     "short_float32_elements": Border(
         _SHORT,
         lambda n: ((MIB // n, n), -1, "float32"),
-        {"short_float32_elements": NEVER},
-        {"short_float32_elements": 0},
     ),
     "short_float64_elements": Border(
         _SHORT,
         lambda n: ((MIB // n, n), -1, "float64"),
-        {"short_float64_elements": NEVER},
-        {"short_float64_elements": 0},
     ),
     "lane_float32_bytes": Border(
         _doubling(32 * KIB, 2 * MIB),
         lambda size: ((32, size // 4), -1, "float32"),
-        {"lane_float32_bytes": NEVER},
-        {"lane_float32_bytes": 0},
     ),
     "lane_float64_bytes": Border(
         _doubling(32 * KIB, 2 * MIB),
         lambda size: ((32, size // 8), -1, "float64"),
-        {"lane_float64_bytes": NEVER},
-        {"lane_float64_bytes": 0},
     ),
     "block_bytes": Size(
         _doubling(8 * KIB, 512 * KIB), ((1, 4 * MIB), -1, "float32"), {"few_lanes_bytes": 0}
@@ -96,20 +89,16 @@ EXPERIMENTS: dict[str, Border | Size] = {
     "few_lanes": Border(
         (1, 2, 4, 8, 16, 32, 64),
         lambda lanes: ((lanes, 40_000), -1, "float32"),
-        {"few_lanes": NEVER, "few_lanes_bytes": 0},
-        {"few_lanes": 0, "lane_float32_bytes": NEVER},
+        {"few_lanes_bytes": 0},
+        {"lane_float32_bytes": NEVER},
     ),
     "few_lanes_bytes": Border(
         _doubling(16 * KIB, MIB),
         lambda size: ((4, size // 4), -1, "float32"),
-        {"few_lanes_bytes": NEVER},
-        {"few_lanes_bytes": 0},
     ),
     "panel_bytes": Border(
         _doubling(64 * KIB, 4 * MIB),
         lambda size: ((size // 128, 1024), 0, "float32"),
-        {"panel_bytes": NEVER},
-        {"panel_bytes": 0},
     ),
     "panel_block_bytes": Size(
         _doubling(8 * KIB, 512 * KIB), ((8192, 512), 0, "float32"), {"panel_bytes": 0}
@@ -117,53 +106,43 @@ EXPERIMENTS: dict[str, Border | Size] = {
     "narrow_panel_least": Border(
         (2, 3, 4, 6, 8, 12, 16, 32),
         lambda n: ((MIB // (128 * n), n, 128), 1, "float32"),
-        {"narrow_panel_least": NEVER},
-        {"narrow_panel_least": 0},
     ),
     "narrow_panel_most": Border(
         _doubling(64, 4096),
         lambda n: ((n, 8 * MIB // n), 0, "float32"),
-        {"narrow_panel_most": NEVER},
-        {"narrow_panel_most": 0},
     ),
     "few_panels": Border(
         (1, 2, 4, 8, 16, 32, 64),
         lambda panels: ((1000, 32 * panels), 0, "float32"),
-        {"few_panels": NEVER, "few_panels_bytes": 0},
-        {"few_panels": 0, "panel_bytes": NEVER},
+        {"few_panels_bytes": 0},
+        {"panel_bytes": NEVER},
     ),
     "few_panels_bytes": Border(
         _doubling(8 * KIB, 512 * KIB),
         lambda size: ((size // 128, 128), 0, "float32"),
-        {"few_panels_bytes": NEVER},
-        {"few_panels_bytes": 0},
     ),
     "narrow_elements": Border(
         (2, 3, 4, 5, 6, 8, 12, 16),
         lambda inner: ((1000, 100, inner), 1, "float32"),
-        {"narrow_elements": NEVER},
-        {"narrow_elements": 0},
     ),
     "serial_bytes": Border(
         _doubling(64 * KIB, 8 * MIB),
         lambda size: ((size // 4000, 1000), -1, "float32"),
-        {"serial_bytes": NEVER},
-        {"serial_bytes": 0},
     ),
-    "chunks_per_thread": Size((1, 2, 4, 8, 16, 32, 64), ((2048, 1000), -1, "float32"), {}),
-    "chunk_bytes": Size(_doubling(4 * KIB, 512 * KIB), ((1024, 1000), -1, "float32"), {}),
+    "chunks_per_thread": Size(
+        (1, 2, 4, 8, 16, 32, 64), ((2048, 1000), -1, "float32"), {"chunk_items": 1}
+    ),
+    "chunk_bytes": Size(
+        _doubling(4 * KIB, 512 * KIB), ((1024, 1000), -1, "float32"), {"chunk_items": 1}
+    ),
     "chunk_items": Size((1, 2, 4, 8, 16, 32), ((64, 20_000), -1, "float32"), {}),
     "past_cache_bytes": Border(
         _doubling(2 * MIB, 64 * MIB),
         lambda size: ((size // 4096, 1024), -1, "float32"),
-        {"past_cache_bytes": NEVER},
-        {"past_cache_bytes": 0},
     ),
     "next_item_bytes": Border(
         _doubling(4 * KIB, 256 * KIB),
         lambda size: ((16 * MIB // size, size // 64, 16), 1, "float32"),
-        {"next_item_bytes": NEVER},
-        {"next_item_bytes": 0},
     ),
     "ahead_bytes": Size(
         _doubling(512, 32 * KIB), ((256, 32_768), -1, "float32"), {"next_item_bytes": 0}
@@ -176,13 +155,12 @@ EXPERIMENTS: dict[str, Border | Size] = {
 
 
 def medians(
-    op: str, array: tuple[tuple[int, ...], int, str], variants: list[Changes], rounds: int
+    array: tuple[tuple[int, ...], int, str], variants: list[Changes], rounds: int
 ) -> list[float]:
-    """Return the median seconds of a call with each of these limits, taken in turn."""
+    """Return the median seconds of softmax with each of these limits, taken in turn."""
     shape, axis, dtype = array
     x = np.random.default_rng(7).standard_normal(shape, np.float32).astype(dtype)
-    function = getattr(nbsoftmax, op)
-    call = partial(function, x, axis=axis, out=np.array(function(x, axis=axis)))
+    call = partial(nbsoftmax.softmax, x, axis=axis, out=np.array(x))
     times: list[list[float]] = [[] for _ in variants]
     for _ in range(rounds):
         for changes, seconds in zip(variants, times, strict=True):
@@ -212,14 +190,14 @@ def measure(name: str, experiment: Border | Size, rounds: int) -> dict[str, Any]
     best: int | None
     if isinstance(experiment, Size):
         variants = [experiment.around | {name: value} for value in experiment.values]
-        times = medians("softmax", experiment.array, variants, rounds)
+        times = medians(experiment.array, variants, rounds)
         figures = [time / min(times) for time in times]
         sizes, best = experiment.values, experiment.values[int(np.argmin(times))]
     else:
         figures, sizes = [], experiment.sizes
         for size in sizes:
-            variants = [experiment.below, experiment.above]
-            below, above = medians(experiment.op, experiment.array(size), variants, rounds)
+            variants = [{name: NEVER} | experiment.below, {name: 0} | experiment.above]
+            below, above = medians(experiment.array(size), variants, rounds)
             figures.append(below / above)
         best = crossing(list(sizes), figures)
     return {

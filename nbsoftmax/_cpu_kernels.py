@@ -319,6 +319,19 @@ class Kernel:
         place = self.at(r.out, j, self.out_row, u, self.result.itemsize)
         self.result.store(self.o, place, value, mask, self.job.past_cache)
 
+    def early(self, here: ir.Value, next_item: ir.Value, ahead: ir.Value) -> ir.Value:
+        """Where to fetch from while the walk is at ``here``: the next item, or so much ahead."""
+        further = self.b.icmp_signed("==", ahead, self.int(0))
+        return self.b.select(further, next_item, self.b.add(here, ahead))
+
+    def prefetch_lines(self, start: ir.Value, size: int, to_write: bool = False) -> None:
+        """All cache lines of ``size`` bytes of an array."""
+        places = list(range(0, size, CACHE_LINE_BYTES))
+        if not self.along:
+            places.append(size - 1)  # another line, unless rows begin with one
+        for place in places:
+            self.o.prefetch(self.b.add(start, self.int(place)), to_write)
+
     # -- values kept between items ------------------------------------------------------------
 
     def variables(self, count: int, start: float = 0.0) -> list[Variable]:
@@ -422,9 +435,8 @@ class Kernel:
         leave = b.append_basic_block("leave")
         b.branch(take)
         b.position_at_end(take)
-        half = self.int(32)
         counts = count(next_chunk, b.select(helps, self.int(1 << 32), self.int(1)))
-        first, last = b.and_(counts, self.int(0xFFFFFFFF)), b.lshr(counts, half)
+        first, last = b.and_(counts, self.int(0xFFFFFFFF)), b.lshr(counts, self.int(32))
         b.cbranch(b.icmp_signed("<", b.add(first, last), chunks), work, leave)
         b.position_at_end(work)
         taken = b.select(helps, b.sub(b.sub(chunks, self.int(1)), last), first)
@@ -507,19 +519,12 @@ class Stage:
 
     def look_ahead(self, next_item: Item) -> None:
         """Say what the first stage, which reads x from memory, is to fetch early."""
-        b, ahead = self.k.b, self.k.ahead
-        further = b.icmp_signed("==", ahead, self.k.int(0))
-        self.ahead = b.select(further, next_item.x, b.add(self.current.x, ahead))
+        self.ahead = self.k.early(self.current.x, next_item.x, self.k.ahead)
 
     def prefetch(self, j: ir.Value, vectors: int) -> None:
         k = self.k
         start = k.at(self.ahead, j, k.x_row, 0, k.source.itemsize)
-        size = vectors * k.o.width * k.source.itemsize
-        places = list(range(0, size, CACHE_LINE_BYTES))
-        if not k.along:
-            places.append(size - 1)  # another line, unless rows begin with one
-        for place in places:
-            self.o.prefetch(k.b.add(start, k.int(place)))
+        k.prefetch_lines(start, vectors * k.o.width * k.source.itemsize)
 
     def look_ahead_out(self, next_item: Item) -> None:
         """For the last stage, if it writes as much as the first one reads."""
@@ -673,11 +678,15 @@ class Sum(Terms):
             variable.set(value)
 
     def leave(self) -> None:
+        self.take()
+        with self.k.each_set(self.m, self.s, self.c) as (u, (m, s, c)):
+            self.finish(u, m, s, c)
+
+    def take(self) -> None:
+        """From what the steps have left to the sum that is wanted."""
         for s in self.s:
             s.set(s.get() - self.start)  # without rounding
         self.join()
-        with self.k.each_set(self.m, self.s, self.c) as (u, (m, s, c)):
-            self.finish(u, m, s, c)
 
     def join(self) -> None:
         """Along, the elements of a vector are parts of one sum."""
@@ -757,13 +766,11 @@ class SumOfOthers(Sum):
         for variable, value in zip((s, c), _scalars.add(s.get(), low, term), strict=True):
             variable.set(value)
 
-    def leave(self) -> None:
+    def take(self) -> None:
         if self.quick:
             self.take_quick()
         else:
             self.take_careful()
-        with self.k.each_set(self.m, self.s, self.c) as (u, (m, s, c)):
-            self.finish(u, m, s, c)
 
     def take_quick(self) -> None:
         k, o = self.k, self.o
@@ -774,9 +781,7 @@ class SumOfOthers(Sum):
         # After n additions, each of which left up to two roundings of the largest term, c is off by
         # n^2 roundings of a rounding at most. Half a rounding of the rest is allowed.
         hidden = n * n * o.const(2.0**-o.real.mantissa)
-        for s in self.s:
-            s.set(s.get() - self.start)
-        self.join()
+        super().take()
         with k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
             rest = _scalars.without_one(o, m.get(), s.get(), c.get())
             s.set(rest[0])
@@ -900,7 +905,7 @@ class Output(Stage):
         bytes_ = k.o.width * k.result.itemsize
         misaligned = b.and_(b.sub(k.int(0), item.out), k.int(bytes_ - 1))
         skip = k.smaller(b.sdiv(misaligned, k.int(k.result.itemsize)), item.length)
-        self.step_at(self.range, k.int(0), 0, k.o.live(skip))
+        self.step(k.int(0), 0, k.o.live(skip))
         self.range = k.after(self.range, skip)
 
     def look_ahead_out(self, next_item: Item) -> None:
@@ -910,8 +915,7 @@ class Output(Stage):
         sees no stream here.
         """
         k, b = self.k, self.k.b
-        further = b.icmp_signed("==", k.out_ahead, k.int(0))
-        self.ahead = b.select(further, next_item.out, b.add(self.current.out, k.out_ahead))
+        self.ahead = k.early(self.current.out, next_item.out, k.out_ahead)
         if k.along and k.job.past_cache:
             size = b.mul(next_item.length, k.int(k.result.itemsize))
             for place in (next_item.out, b.add(next_item.out, size)):
@@ -921,14 +925,10 @@ class Output(Stage):
         k = self.k
         if k.job.walk == "across" and not k.job.past_cache:
             place = k.at(self.ahead, j, k.out_row, 0, k.result.itemsize)
-            size = k.panel_elements * k.result.itemsize
-            for line in [*range(0, size, CACHE_LINE_BYTES), size - 1]:
-                self.o.prefetch(k.b.add(place, k.int(line)), to_write=True)
+            k.prefetch_lines(place, k.panel_elements * k.result.itemsize, to_write=True)
 
     def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
-        self.step_at(self.range, j, u, mask)
-
-    def step_at(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> None:
+        r = self.range
         self.k.store_out(r, j, u, self.value(r, j, u, mask), mask)
 
     def value(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:

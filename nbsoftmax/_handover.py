@@ -72,11 +72,14 @@ class _Box:
         return self.b.extract_value(pair, 1)
 
 
-def _pause(b: ir.IRBuilder) -> None:
-    """Tell the processor that this is a waiting loop, where it has a word for that."""
+def _looked(b: ir.IRBuilder, counter: ir.Value, most: int) -> ir.Value:
+    """Count a look in vain, and pause; whether that were ``most``."""
     if platform.machine() in ("x86_64", "AMD64"):
         kind = ir.FunctionType(ir.VoidType(), [])
         b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse2.pause"), [])
+    looks = b.add(b.load(counter), ir.Constant(I64, 1))
+    b.store(looks, counter)
+    return b.icmp_signed(">=", looks, ir.Constant(I64, most))
 
 
 def _call(b: ir.IRBuilder, kernel: ir.Value, arguments: list[ir.Value]) -> None:
@@ -116,10 +119,7 @@ def _emit_listen(typing_context: Any, box: Any) -> Any:
         b.branch(look)
 
         b.position_at_end(rest)
-        _pause(b)
-        looks = b.add(b.load(counter), ir.Constant(I64, 1))
-        b.store(looks, counter)
-        tired = b.icmp_signed(">=", looks, ir.Constant(I64, LOOKS))
+        tired = _looked(b, counter, LOOKS)
         with b.if_then(tired, likely=False), b.if_then(box.change(LISTENING, AWAY)):
             b.branch(leave)
         b.branch(look)
@@ -186,10 +186,7 @@ def _wait(b: ir.IRBuilder, box: _Box, before: ir.Value, place: ir.Value) -> None
     b.position_at_end(look)
     b.cbranch(b.icmp_signed("==", box.read(DONE), before), rest, done)
     b.position_at_end(rest)
-    _pause(b)
-    looks = b.add(b.load(counter), ir.Constant(I64, 1))
-    b.store(looks, counter)
-    b.cbranch(b.icmp_signed("<", looks, ir.Constant(I64, PATIENCE)), look, leave)
+    b.cbranch(_looked(b, counter, PATIENCE), leave, look)
     b.position_at_end(done)
     b.store(ir.Constant(I64, -1), place)
     b.branch(leave)

@@ -237,6 +237,11 @@ def rescale(o: Operations, m: Value, whole: Value) -> Value:
     return o.where((abs(m) < limit) & (abs(whole) < limit), ratio, o.const(0.0))
 
 
+def _without_terms(o: Operations, m: Value, s: Value) -> Value:
+    """Where m is infinite and the lane holds no NaN: m alone says what the results are."""
+    return (abs(m) == o.const(float("inf"))) & (s == s)
+
+
 def with_equals(o: Operations, m: Value, count: Value, s: Value, c: Value) -> tuple[Value, Value]:
     """The pair's sum: the terms below the largest, s + c, and all but one of the ``count`` largest.
 
@@ -247,7 +252,7 @@ def with_equals(o: Operations, m: Value, count: Value, s: Value, c: Value) -> tu
     product = others * term
     rest = o.fma(others, term, o.const(0.0) - product)
     total, c = add(product, c + rest, s)
-    infinite = (abs(m) == o.const(float("inf"))) & (s == s)
+    infinite = _without_terms(o, m, s)
     zero = o.const(0.0)
     return o.where(infinite, zero, total), o.where(infinite, zero, c)
 
@@ -256,7 +261,7 @@ def without_one(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Val
     """The pair's sum from that of all terms; 0 for an infinite m, unless the lane holds a NaN."""
     term, _ = largest(o, m)
     rest, lost = two_sum(s, o.const(0.0) - term)
-    infinite = (abs(m) == o.const(float("inf"))) & (s == s)
+    infinite = _without_terms(o, m, s)
     zero = o.const(0.0)
     return o.where(infinite, zero, rest), o.where(infinite, zero, c + lost)
 
@@ -265,7 +270,7 @@ def is_small(o: Operations, m: Value, s: Value, least: Value) -> Value:
     """1 where the pair's sum is less than ``least`` largest terms or NaN, else 0."""
     zero, one = o.const(0.0), o.const(1.0)
     small = o.where(s > least * largest(o, m)[0], zero, one)
-    return o.where((abs(m) == o.const(float("inf"))) & (s == s), zero, small)
+    return o.where(_without_terms(o, m, s), zero, small)
 
 
 def whole(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
@@ -330,5 +335,5 @@ def logsumexp(o: Operations, m: Value, s: Value, c: Value) -> Value:
     log, low = log_sum(o, m, s, c)
     total, rest = two_sum(m, log)
     # An infinite maximum is its own answer unless the sum is NaN; two_sum would make inf - inf.
-    infinite = (abs(m) == o.const(float("inf"))) & (s == s)
+    infinite = _without_terms(o, m, s)
     return o.where(infinite, m, total + (rest + low))

@@ -107,10 +107,13 @@ class Emitter:
 
     def spread(self, count: ir.Value) -> Vector:
         """A number counted at run time, in every element."""
-        one = ir.Constant(self.type, ir.Undefined)
-        one = self.b.insert_element(one, self.b.sitofp(count, self.element), ir.Constant(I32, 0))
+        return Vector(self, self._in_every_element(self.b.sitofp(count, self.element)))
+
+    def _in_every_element(self, scalar: ir.Value) -> ir.Value:
+        undefined = ir.Constant(ir.VectorType(scalar.type, self.width), ir.Undefined)
+        first = self.b.insert_element(undefined, scalar, ir.Constant(I32, 0))
         zero = ir.Constant(ir.VectorType(I32, self.width), None)
-        return Vector(self, self.b.shuffle_vector(one, one, zero))
+        return self.b.shuffle_vector(first, undefined, zero)
 
     def where(self, condition: Vector, a: Vector, b: Vector) -> Vector:
         return Vector(self, self.b.select(condition.value, a.value, b.value))
@@ -203,10 +206,7 @@ class Emitter:
         kind = ir.VectorType(I64 if self.width == 8 else I32, self.width)
         if self.width != 8:
             count = self.b.trunc(count, I32)
-        undefined = ir.Constant(kind, ir.Undefined)
-        zero = ir.Constant(ir.VectorType(I32, self.width), None)
-        first = self.b.insert_element(undefined, count, ir.Constant(I32, 0))
-        counts = self.b.shuffle_vector(first, undefined, zero)
+        counts = self._in_every_element(count)
         index = ir.Constant(kind, [ir.Constant(kind.element, i) for i in range(self.width)])
         return Vector(self, self.b.icmp_signed("<", index, counts))
 
