@@ -201,6 +201,17 @@ def _lend(boxes, count, kernel, x, out, pairs, parameters, ticket):  # type: ign
     _emit_lend(boxes, count, kernel, x, out, pairs, parameters, ticket)
 
 
+def prepare() -> None:
+    """Compile both sides, in a thread that calls.
+
+    In a helper, or first when one is found listening, it could happen while another thread forks:
+    the child would wait for Numba's compiler lock for ever.
+    """
+    if not config.DISABLE_JIT:
+        listen()
+        lend()
+
+
 @functools.cache
 def listen() -> Any:
     """``listen(box)``: run the calls that are offered there, until none comes for a while."""

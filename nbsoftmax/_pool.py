@@ -77,6 +77,7 @@ def _hire(count: int) -> None:
         return
     try:
         if _boxes is None:
+            _handover.prepare()
             _boxes = _handover.boxes(most_threads())
         while _helpers < count:
             name, box = f"nbsoftmax-{_helpers + 1}", _boxes[_helpers]
@@ -116,14 +117,16 @@ def share(
     if boxes is not None:
         asleep -= boxes[:, _handover.STATE].tolist().count(_handover.LISTENING)
     offer: list[Work] = [helping] * asleep
+    if loan is not None:
+        loan.ticket[_handover.BEGAN :] = -1  # nobody has begun
     try:
         for _ in range(asleep):
             _jobs.put(offer)
-        if loan is not None and asleep < threads - 1:
-            _lend(boxes, loan)
+        if loan is not None and boxes is not None and asleep < threads - 1:
+            _handover.lend()(boxes, len(boxes), loan.kernel, *loan.arguments, loan.ticket)
         else:
             work()
-        while not finished():
+        while not finished() or _lent(boxes, loan):
             time.sleep(0)
     except BaseException:
         cancel()
@@ -132,20 +135,16 @@ def share(
             while True:
                 offer.pop()
                 taken -= 1
-        while len(ended) < taken:
+        while len(ended) < taken or _lent(boxes, loan):
             time.sleep(0)
         raise
     finally:
         offer.clear()
 
 
-def _lend(boxes: Any, loan: Loan) -> None:
-    """Run the loan here and in the boxes that listen; its arrays stay until none works on them."""
-    began = loan.ticket[_handover.BEGAN :]
-    began[:] = -1
-    try:
-        _handover.lend()(boxes, len(boxes), loan.kernel, *loan.arguments, loan.ticket)
-    finally:
-        for box, before in zip(boxes, began.tolist(), strict=False):
-            while before >= 0 and box[_handover.DONE] == before:
-                time.sleep(0)
+def _lent(boxes: Any, loan: Loan | None) -> bool:
+    """Whether a box is still at work on the loan, whose arrays have to stay until then."""
+    if boxes is None or loan is None:
+        return False
+    began = loan.ticket[_handover.BEGAN :].tolist()
+    return any(before == box[_handover.DONE] for box, before in zip(boxes, began, strict=False))
