@@ -9,7 +9,8 @@ is.  All changes of state are atomic, and only these exist::
     OFFERED -> WORKING -> LISTENING                 the helper: runs the call
 
 A caller offers the call, works itself, withdraws what no helper has begun, and waits for the rest:
-`DONE` counts the calls that a box has run.
+`DONE` counts the calls that a box has run.  An offer carries that count, so that nobody withdraws
+an offer which another caller has made since: every call that was run has raised it.
 """
 
 import functools
@@ -28,6 +29,7 @@ from ._entry import I64
 Array = np.ndarray[Any, Any]
 
 AWAY, LISTENING, TAKEN, OFFERED, WORKING = range(5)
+COUNT = 8  # the state of an offer is OFFERED + COUNT * DONE
 STATE, DONE, CALL = 0, 1, 2  # words of a box; the call is the kernel and its arguments
 ARGUMENTS = 5  # x, out, pairs, parameters, ticket
 BEGAN = 16  # word of the ticket from which on there is one for each box
@@ -65,11 +67,18 @@ class _Box:
             value = ir.Constant(I64, value)
         self.b.store_atomic(value, self.word(index), "release", 8)
 
-    def change(self, before: int, after: int) -> ir.Value:
+    def change(self, before: ir.Value | int, after: int) -> ir.Value:
         """Whether the state was ``before``, and is ``after`` now."""
-        states = ir.Constant(I64, before), ir.Constant(I64, after)
-        pair = self.b.cmpxchg(self.word(STATE), *states, "acq_rel", "acquire")
+        if isinstance(before, int):
+            before = ir.Constant(I64, before)
+        after_ = ir.Constant(I64, after)
+        pair = self.b.cmpxchg(self.word(STATE), before, after_, "acq_rel", "acquire")
         return self.b.extract_value(pair, 1)
+
+    def offer(self, done: ir.Value) -> ir.Value:
+        """The state of an offer that was made after ``done`` calls."""
+        counted = self.b.mul(done, ir.Constant(I64, COUNT))
+        return self.b.add(counted, ir.Constant(I64, OFFERED))
 
 
 def _looked(b: ir.IRBuilder, counter: ir.Value, most: int) -> ir.Value:
@@ -104,8 +113,10 @@ def _emit_listen(typing_context: Any, box: Any) -> Any:
         b.branch(look)
 
         b.position_at_end(look)
-        offered = b.icmp_signed("==", box.read(STATE), ir.Constant(I64, OFFERED))
-        with b.if_then(offered, likely=False), b.if_then(box.change(OFFERED, WORKING)):
+        state = box.read(STATE)
+        bare = b.and_(state, ir.Constant(I64, COUNT - 1))
+        offered = b.icmp_signed("==", bare, ir.Constant(I64, OFFERED))
+        with b.if_then(offered, likely=False), b.if_then(box.change(state, WORKING)):
             b.branch(work)
         b.branch(rest)
 
@@ -159,15 +170,16 @@ def _emit_lend(
         for box, place in each():
             b.store(nobody, place)
             with b.if_then(box.change(LISTENING, TAKEN)):
-                b.store(box.read(DONE), place)
+                done = box.read(DONE)
+                b.store(done, place)
                 for i, word in enumerate(helps):
                     b.store(word, box.word(CALL + i))
-                box.write(STATE, OFFERED)
+                box.write(STATE, box.offer(done))
         _call(b, words[0], words[1:])
         for box, place in each():
             before = b.load(place)
             with b.if_then(b.icmp_signed("!=", before, nobody)):
-                withdrawn = box.change(OFFERED, LISTENING)
+                withdrawn = box.change(box.offer(before), LISTENING)
                 b.store(b.select(withdrawn, nobody, before), place)
                 with b.if_then(b.not_(withdrawn)):
                     _wait(b, box, before, place)

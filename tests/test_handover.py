@@ -1,5 +1,6 @@
 """Calls handed to listening helpers: who runs them, and what happens if nobody does."""
 
+import ctypes
 import threading
 import time
 
@@ -59,6 +60,27 @@ def test_the_caller_does_alone_what_nobody_begins(state, call):
     assert ticket[_handover.BEGAN :].tolist() == [-1, -1]
     assert ticket[8] == kernel.items
     np.testing.assert_array_equal(out, Backend.NUMPY("softmax", x, 1))
+
+
+def test_nobody_withdraws_the_offer_of_another_caller():
+    """Made in the same box, after the first call was run: its caller would wait for ever."""
+    boxes = _handover.boxes(1)
+    boxes[0, STATE], boxes[0, DONE] = _handover.LISTENING, 6
+    rival = _handover.OFFERED + _handover.COUNT * 7
+    seen = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 5)
+    def while_the_first_caller_works(*arguments):
+        seen.append(boxes[0, STATE])
+        boxes[0, DONE], boxes[0, STATE] = 7, rival
+        return 0
+
+    address = ctypes.cast(while_the_first_caller_works, ctypes.c_void_p).value
+    kernel, ticket = np.array([address]), np.zeros(_handover.BEGAN + 1, np.int64)
+    _handover.lend()(boxes, 1, kernel, ticket, ticket, None, ticket, ticket)
+    assert seen == [_handover.OFFERED + _handover.COUNT * 6]
+    assert boxes[0, STATE] == rival
+    assert ticket[_handover.BEGAN] == -1
 
 
 def test_a_listener_runs_what_it_is_offered(call):

@@ -42,8 +42,18 @@ def first_call(function="softmax", dtype="float32", **changes):
     return report
 
 
+def kernels(report):
+    """What was compiled besides the two sides of the hand-over, which all kernels share."""
+    return [name for name in report["compiled"] if not name.startswith(("listen_", "lend_"))]
+
+
 def files(folder):
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def suffixes(compiled):
+    """Numba keeps an index and a binary for each function."""
+    return [".nbc"] * len(compiled) + [".nbi"] * len(compiled)
 
 
 @pytest.fixture
@@ -74,11 +84,11 @@ def with_copy(copy, **changes):
 def test_first_call_compiles_one_kernel_and_the_next_process_none(function, cache):
     cold = first_call(function, NUMBA_CACHE_DIR=str(cache))
     kept = files(cache)
-    assert cold["compilations"] == 1
-    assert sorted(path.suffix for path in kept) == [".nbc", ".nbi"]
+    assert len(kernels(cold)) == 1
+    assert sorted(path.suffix for path in kept) == suffixes(cold["compiled"])
 
     warm = first_call(function, NUMBA_CACHE_DIR=str(cache))
-    assert (warm["compilations"], warm["passes"]) == (0, 0)
+    assert (warm["compiled"], warm["passes"]) == ([], 0)
     assert files(cache) == kept
     assert warm["result"] == cold["result"]
     assert not [name for name in warm["modules"] if name.startswith(HEAVY)]
@@ -164,7 +174,7 @@ def test_kernels_are_compiled_anew_when_a_file_they_import_has_changed(copy, cac
     for file in imported_by(copy / "_cpu_kernels.py"):
         with file.open("a") as source:
             source.write("# changed\n")
-        if first_call("logsumexp", **environment)["compilations"] == 0:
+        if not kernels(first_call("logsumexp", **environment)):
             stale.append(file.name)
     assert not stale
 
@@ -186,15 +196,17 @@ def test_a_process_keeps_its_code_under_the_sources_that_it_read(copy, cache):
     script = [UPGRADED_BETWEEN_IMPORT_AND_CALL, str(file), old, new]
     run("-c", *script, env=environment(**environment_))
     changed = first_call("log_softmax", **environment_)
-    assert changed["compilations"] == 1
+    assert len(kernels(changed)) == 1
     assert max(changed["result"]) > 0
 
 
 def test_kernels_share_no_cache_file(cache):
     """Numba numbers a function's binaries without a lock: processes could swap two kernels."""
+    compiled = []
     for function in ("softmax", "log_softmax", "logsumexp"):
-        first_call(function, NUMBA_CACHE_DIR=str(cache))
-    assert sorted(path.suffix for path in files(cache)) == [".nbc"] * 3 + [".nbi"] * 3
+        compiled += first_call(function, NUMBA_CACHE_DIR=str(cache))["compiled"]
+    assert len(set(compiled)) == len(compiled)
+    assert sorted(path.suffix for path in files(cache)) == suffixes(compiled)
 
 
 # ---- with a bad folder for the cache, or none
@@ -237,10 +249,12 @@ def test_right_when_a_cache_file_is_damaged(suffix, left, cache):
     """As a power cut leaves them; the next process has a sound cache again."""
     settings = {"NUMBA_CACHE_DIR": str(cache)}
     original = first_call(**settings)
-    (path,) = cache.rglob(f"*{suffix}")
-    path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
+    paths = list(cache.rglob(f"*{suffix}"))
+    assert len(paths) == len(original["compiled"])
+    for path in paths:
+        path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
     assert first_call(**settings)["result"] == original["result"]
-    assert first_call(**settings)["compilations"] == 0
+    assert not first_call(**settings)["compiled"]
 
 
 def test_threads_may_compile_at_once(cache):
@@ -253,4 +267,4 @@ def test_processes_may_fill_a_cache_at_once(cache):
         reports = list(pool.map(lambda _: first_call(**settings), range(4)))
     reports.append(first_call(**settings))
     assert len({str(report["result"]) for report in reports}) == 1
-    assert reports[-1]["compilations"] == 0
+    assert not reports[-1]["compiled"]
