@@ -33,8 +33,9 @@ from numba.extending import intrinsic
 
 from . import _entry, _scalars
 from ._formats import FORMATS, Format
+from ._llvm import I8, I64, Vector
 from ._semantics import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
-from ._simd import I8, I64, VECTOR_BYTES, Emitter, Variable, Vector
+from ._simd import VECTOR_BYTES, Emitter, Variable
 
 CACHE_LINE_BYTES = 64
 

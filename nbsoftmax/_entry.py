@@ -69,8 +69,9 @@ class Entry(NamedTuple):
 
 def _digest() -> str:
     here = Path(__file__).parent
-    names = "_cpu_kernels", "_entry", "_formats", "_handover", "_scalars", "_semantics", "_simd"
-    files = (here / f"{name}.py" for name in names)
+    kernels = ("_cpu_kernels", "_entry", "_formats", "_handover")
+    below = ("_llvm", "_scalars", "_semantics", "_simd")
+    files = (here / f"{name}.py" for name in kernels + below)
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

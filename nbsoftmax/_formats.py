@@ -7,7 +7,8 @@ import numpy as np
 from llvmlite import ir
 
 from . import _scalars
-from ._simd import FLOATS, Emitter, Vector
+from ._llvm import FLOATS, Arithmetic, Vector
+from ._simd import Emitter
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,22 @@ class Format:
             return 2.0 ** (8 * self.itemsize) > self.real.exact
         return self.name != "float16"
 
-    def _memory(self, o: Emitter) -> ir.VectorType:
-        element = FLOATS[self.name] if self.kind == "f" else ir.IntType(8 * self.itemsize)
-        return ir.VectorType(element, o.width)
+    @property
+    def element(self) -> ir.Type:
+        """One element in memory, as LLVM sees it."""
+        return FLOATS[self.name] if self.kind == "f" else ir.IntType(8 * self.itemsize)
 
     def load(
         self, o: Emitter, address: ir.Value, mask: Vector | None = None, fill: float = 0.0
     ) -> Vector:
-        raw = o.load_raw(address, self._memory(o), mask)
-        value = self._widen(o, raw)
+        raw = o.load_raw(address, o.shaped(self.element), mask)
+        value = self.widen(o, raw)
         if mask is not None and fill != 0.0:
             value = o.where(mask, value, o.const(fill))
         return value
 
-    def _widen(self, o: Emitter, raw: ir.Value) -> Vector:
+    def widen(self, o: Arithmetic, raw: ir.Value) -> Vector:
+        """What was loaded, as it is computed with."""
         if self.kind == "i":
             return Vector(o, o.b.sitofp(raw, o.type))
         if self.kind in "ub":
@@ -61,14 +64,17 @@ class Format:
         mask: Vector | None = None,
         past_cache: bool = False,
     ) -> None:
-        raw = value.value
-        if self.kind == "V":
-            raw = self._round_to_bfloat16(o, value)
-        elif self.itemsize != o.real.itemsize:
-            raw = o.b.fptrunc(raw, self._memory(o))
-        o.store_raw(address, raw, mask, past_cache)
+        o.store_raw(address, self.narrow(o, value), mask, past_cache)
 
-    def _round_to_bfloat16(self, o: Emitter, value: Vector) -> ir.Value:
+    def narrow(self, o: Arithmetic, value: Vector) -> ir.Value:
+        """A computed value as it is stored."""
+        if self.kind == "V":
+            return self._round_to_bfloat16(o, value)
+        if self.itemsize != o.real.itemsize:
+            return o.b.fptrunc(value.value, o.shaped(self.element))
+        return value.value
+
+    def _round_to_bfloat16(self, o: Arithmetic, value: Vector) -> ir.Value:
         """To nearest, ties to even.
 
         A NaN among bfloat16 numbers has zeros where this adds, and stays one.
@@ -77,7 +83,7 @@ class Format:
         bits = b.bitcast(value.value, o.integer_type)
         odd = b.and_(b.lshr(bits, half), o.integers(1))
         bits = b.add(b.add(bits, o.integers(0x7FFF)), odd)
-        return b.trunc(b.lshr(bits, half), self._memory(o))
+        return b.trunc(b.lshr(bits, half), o.shaped(self.element))
 
 
 _NATIVE = [Format(np.dtype(c).name, np.dtype(c).kind, np.dtype(c).itemsize) for c in "?bhilBHILefd"]

@@ -14,8 +14,8 @@ Two ideas carry the accuracy:
 * The largest terms are counted, not summed, and the logarithm is taken of ``1 + rest``: so a lane
   dominated by one element keeps its small part.  (softmax needs the whole sum, which is cheaper.)
 
-Every function takes ``o``, the operations of one machine: LLVM vectors (``_simd.Emitter``) or NumPy
-arrays (``_plain.Operations``).  A value knows ``+ - * /`` and comparisons; ``o`` has the rest.
+Every function takes ``o``, the operations of one machine: LLVM's (``_llvm.Arithmetic``) or NumPy's
+(``_plain.Operations``).  A value knows ``+ - * /`` and comparisons; ``o`` has the rest.
 
 Edge cases are repaired once per lane, in `scale` and the functions below it, never per element:
 NaN passes through every step and makes the sum NaN; a maximum of +-inf is scaled like a number, its
@@ -221,9 +221,9 @@ def add_to_more(s: Value, c: Value, term: Value) -> tuple[Value, Value]:
 
 
 def merge(s: Value, c: Value, s2: Value, c2: Value) -> tuple[Value, Value]:
-    """Join two sums of the same scale."""
-    s, c = add(s, c, s2)
-    return s, c + c2
+    """Join two sums of the same scale; the bits do not depend on which comes first."""
+    s, rest = two_sum(s, s2)
+    return s, (c + c2) + rest
 
 
 def rescale(o: Operations, m: Value, whole: Value) -> Value:

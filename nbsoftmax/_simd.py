@@ -1,4 +1,4 @@
-"""The mathematics compiled: vectors of one full register as LLVM instructions.
+"""The mathematics on vectors of one full register, and what kernels ask of their memory.
 
 A vector always holds 64 bytes of numbers; LLVM splits it on hardware with narrower registers.
 Explicit vectors and not Numba's auto-vectoriser, which can neither be told to store past the cache
@@ -12,59 +12,9 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from . import _scalars
+from ._llvm import I8, I32, I64, Arithmetic, Vector
 
 VECTOR_BYTES = 64
-
-I8 = ir.IntType(8)
-I32 = ir.IntType(32)
-I64 = ir.IntType(64)
-FLOATS = {"float16": ir.HalfType(), "float32": ir.FloatType(), "float64": ir.DoubleType()}
-
-
-class Vector:
-    """An LLVM vector with the arithmetic operators that the mathematics is written in."""
-
-    __slots__ = ("o", "value")
-
-    def __init__(self, o: "Emitter", value: ir.Value) -> None:
-        self.o = o
-        self.value = value
-
-    def __add__(self, other: "Vector") -> "Vector":
-        return self.o.real_vector(self.o.b.fadd(self.value, other.value))
-
-    def __sub__(self, other: "Vector") -> "Vector":
-        return self.o.real_vector(self.o.b.fsub(self.value, other.value))
-
-    def __mul__(self, other: "Vector") -> "Vector":
-        return self.o.real_vector(self.o.b.fmul(self.value, other.value))
-
-    def __truediv__(self, other: "Vector") -> "Vector":
-        return self.o.real_vector(self.o.b.fdiv(self.value, other.value))
-
-    def __and__(self, other: "Vector") -> "Vector":
-        return Vector(self.o, self.o.b.and_(self.value, other.value))
-
-    def __or__(self, other: "Vector") -> "Vector":
-        return Vector(self.o, self.o.b.or_(self.value, other.value))
-
-    def _compare(self, how: str, other: "Vector") -> "Vector":
-        return Vector(self.o, self.o.b.fcmp_ordered(how, self.value, other.value))
-
-    def __lt__(self, other: "Vector") -> "Vector":
-        return self._compare("<", other)
-
-    def __gt__(self, other: "Vector") -> "Vector":
-        return self._compare(">", other)
-
-    def __eq__(self, other: object) -> "Vector":  # type: ignore[override]
-        assert isinstance(other, Vector)
-        return self._compare("==", other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __abs__(self) -> "Vector":
-        return self.o.call("llvm.fabs", [self])
 
 
 class Variable:
@@ -82,28 +32,11 @@ class Variable:
         self.o.b.store(value.value, self.pointer)
 
 
-class Emitter:
-    """What `_scalars` asks of a machine, and what kernels ask of its memory."""
+class Emitter(Arithmetic):
+    """What kernels ask of a machine."""
 
     def __init__(self, builder: ir.IRBuilder, real: _scalars.Real) -> None:
-        self.b = builder
-        self.real = real
-        self.width = VECTOR_BYTES // real.itemsize
-        self.element = FLOATS[real.name]
-        self.integer = ir.IntType(8 * real.itemsize)
-        self.type = ir.VectorType(self.element, self.width)
-        self.integer_type = ir.VectorType(self.integer, self.width)
-
-    # -- arithmetic that operators do not cover -------------------------------------------------
-
-    def real_vector(self, value: ir.Value) -> Vector:
-        return Vector(self, value)
-
-    def const(self, value: float) -> Vector:
-        return Vector(self, ir.Constant(self.type, [ir.Constant(self.element, value)] * self.width))
-
-    def integers(self, value: int) -> ir.Constant:
-        return ir.Constant(self.integer_type, [ir.Constant(self.integer, value)] * self.width)
+        super().__init__(builder, real, VECTOR_BYTES // real.itemsize)
 
     def spread(self, count: ir.Value) -> Vector:
         """A number counted at run time, in every element."""
@@ -114,44 +47,6 @@ class Emitter:
         first = self.b.insert_element(undefined, scalar, ir.Constant(I32, 0))
         zero = ir.Constant(ir.VectorType(I32, self.width), None)
         return self.b.shuffle_vector(first, undefined, zero)
-
-    def where(self, condition: Vector, a: Vector, b: Vector) -> Vector:
-        return Vector(self, self.b.select(condition.value, a.value, b.value))
-
-    def larger(self, a: Vector, b: Vector) -> Vector:
-        """``a if a > b else b``: a NaN in ``b`` is kept, one in ``a`` is lost. One instruction."""
-        return self.where(a > b, a, b)
-
-    def call(self, name: str, arguments: Sequence[Vector]) -> Vector:
-        kind = ir.FunctionType(self.type, [self.type] * len(arguments))
-        name = f"{name}.v{self.width}f{8 * self.real.itemsize}"
-        function = cgutils.get_or_insert_function(self.b.module, kind, name)
-        return Vector(self, self.b.call(function, [a.value for a in arguments]))
-
-    def fma(self, a: Vector, b: Vector, c: Vector) -> Vector:
-        # Without the hardware instruction this becomes a call of libm's fma: slow, same bits.
-        return self.call("llvm.fma", [a, b, c])
-
-    def power_of_two(self, t: Vector) -> Vector:
-        """2^k where the low bits of ``t`` are k plus the exponent bias."""
-        bits = self.b.shl(
-            self.b.bitcast(t.value, self.integer_type), self.integers(self.real.mantissa)
-        )
-        return Vector(self, self.b.bitcast(bits, self.type))
-
-    def split_exponent(self, u: Vector) -> tuple[Vector, Vector]:
-        """``u = 2^k f`` with f in [sqrt(1/2), sqrt(2)), for a positive normal number."""
-        half_root = {23: 0x3F3504F3, 52: 0x3FE6A09E667F3BCD}[self.real.mantissa]
-        mantissa = self.integers(self.real.mantissa)
-        bits = self.b.bitcast(u.value, self.integer_type)
-        k = self.b.ashr(self.b.sub(bits, self.integers(half_root)), mantissa)
-        fraction = self.b.bitcast(self.b.sub(bits, self.b.shl(k, mantissa)), self.type)
-        return Vector(self, self.b.sitofp(k, self.type)), Vector(self, fraction)
-
-    def times_power_of_two(self, a: Vector, k: Vector) -> Vector:
-        """``2^k a`` for an exponent k of a normal number."""
-        shifted = k + self.const(self.real.round + self.real.one_exponent)
-        return a * self.power_of_two(shifted)
 
     def any(self, mask: Vector) -> ir.Value:
         """Whether a mask holds anywhere."""
