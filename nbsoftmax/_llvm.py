@@ -23,16 +23,16 @@ class Vector:
         self.value = value
 
     def __add__(self, other: "Vector") -> "Vector":
-        return self.o.real_vector(self.o.b.fadd(self.value, other.value))
+        return Vector(self.o, self.o.b.fadd(self.value, other.value))
 
     def __sub__(self, other: "Vector") -> "Vector":
-        return self.o.real_vector(self.o.b.fsub(self.value, other.value))
+        return Vector(self.o, self.o.b.fsub(self.value, other.value))
 
     def __mul__(self, other: "Vector") -> "Vector":
-        return self.o.real_vector(self.o.b.fmul(self.value, other.value))
+        return self.o.product(self, other)
 
     def __truediv__(self, other: "Vector") -> "Vector":
-        return self.o.real_vector(self.o.b.fdiv(self.value, other.value))
+        return Vector(self.o, self.o.b.fdiv(self.value, other.value))
 
     def __and__(self, other: "Vector") -> "Vector":
         return Vector(self.o, self.o.b.and_(self.value, other.value))
@@ -56,7 +56,7 @@ class Vector:
     __hash__ = None  # type: ignore[assignment]
 
     def __abs__(self) -> "Vector":
-        return self.o.call("llvm.fabs", [self])
+        return self.o.magnitude(self)
 
 
 class Arithmetic:
@@ -81,9 +81,6 @@ class Arithmetic:
 
     # -- arithmetic that operators do not cover -------------------------------------------------
 
-    def real_vector(self, value: ir.Value) -> Vector:
-        return Vector(self, value)
-
     def const(self, value: float) -> Vector:
         return Vector(self, self._everywhere(self.element, value))
 
@@ -96,6 +93,12 @@ class Arithmetic:
     def larger(self, a: Vector, b: Vector) -> Vector:
         """``a if a > b else b``: a NaN in ``b`` is kept, one in ``a`` is lost. One instruction."""
         return self.where(a > b, a, b)
+
+    def product(self, a: Vector, b: Vector) -> Vector:
+        return Vector(self, self.b.fmul(a.value, b.value))
+
+    def magnitude(self, a: Vector) -> Vector:
+        return self.call("llvm.fabs", [a])
 
     def call(self, name: str, arguments: Sequence[Vector]) -> Vector:
         kind = ir.FunctionType(self.type, [self.type] * len(arguments))

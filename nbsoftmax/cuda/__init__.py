@@ -1,0 +1,1 @@
+"""The same functions on CUDA device arrays."""

@@ -1,0 +1,450 @@
+"""All that is particular to numba-cuda: registers, memory, exchange between threads; its simulator.
+
+Kernels call functions made by `lifted`. Such a function is Python over ``o``, a machine: its operations
+(`_scalars` says which) and what is below. On a device it runs once, when the kernel is compiled, and
+writes instructions; in Numba's simulator it runs in each thread, on numbers.
+
+Memory is addressed by integers, in bytes. The simulator's device memory is the host's, and what a
+kernel touches there is checked against what it was lent (`lent`).
+"""
+
+import contextlib
+import ctypes
+import functools
+import inspect
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import cuda
+from numba.core import cgutils
+
+from .. import _llvm, _plain, _scalars
+from .._formats import FORMATS, Format
+from .._llvm import I32, I64
+
+SIMULATED = bool(cuda.config.ENABLE_CUDASIM)
+WARP = 32
+Value = Any  # one register
+Join = Callable[[Any, list[Value], list[Value]], list[Value]]
+
+_places = itertools.count()  # names of shared arrays
+
+
+@dataclass(frozen=True)
+class Group:
+    """The threads that hold one item: ``across`` neighbours, then lanes, then warps, then blocks.
+
+    Neighbours hold different lanes of the array; all others hold parts of the same ones.
+    """
+
+    across: int
+    deep: int  # threads behind each other, of one block
+    blocks: int = 1  # a cluster's
+
+    @property
+    def threads(self) -> int:
+        return self.across * self.deep
+
+    @property
+    def lanes(self) -> int:
+        return min(self.deep, WARP // self.across)
+
+    @property
+    def warps(self) -> int:
+        return self.deep // self.lanes
+
+
+class Device(_llvm.Arithmetic):
+    """A GPU: instructions for one thread."""
+
+    def __init__(self, builder: ir.IRBuilder, real: _scalars.Real) -> None:
+        super().__init__(builder, real)
+
+    def product(self, a: _llvm.Vector, b: _llvm.Vector) -> _llvm.Vector:
+        # A plain product may be fused with a sum, which then is not the sum that was meant.
+        return self._nvvm("llvm.nvvm.mul.rn", [a, b])
+
+    def magnitude(self, a: _llvm.Vector) -> _llvm.Vector:
+        return self._nvvm("llvm.nvvm.fabs", [a])
+
+    def _nvvm(self, name: str, arguments: Sequence[_llvm.Vector]) -> _llvm.Vector:
+        kind = ir.FunctionType(self.type, [self.type] * len(arguments))
+        name = f"{name}.{'f' if self.real.itemsize == 4 else 'd'}"
+        function = cgutils.get_or_insert_function(self.b.module, kind, name)
+        return _llvm.Vector(self, self.b.call(function, [a.value for a in arguments]))
+
+    def _register(self, name: str) -> ir.Value:
+        kind = ir.FunctionType(I32, [])
+        name = f"llvm.nvvm.read.ptx.sreg.{name}"
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), [])
+
+    def _barrier(self) -> None:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        self.b.call(cgutils.get_or_insert_function(self.b.module, kind, "llvm.nvvm.barrier0"), [])
+
+    def _assembly(
+        self, text: str, constraints: str, result: ir.Type, arguments: Sequence[ir.Value], effect: bool
+    ) -> ir.Value:
+        kind = ir.FunctionType(result, [a.type for a in arguments])
+        return self.b.call(ir.InlineAsm(kind, text, constraints, side_effect=effect), arguments)
+
+    # -- between threads ------------------------------------------------------------------------
+
+    def shuffle(self, value: _llvm.Vector, step: int) -> _llvm.Vector:
+        """The value of the thread whose number differs in the bit ``step``."""
+        b = self.b
+        result = ir.LiteralStructType((I32, ir.IntType(1)))
+        kind = ir.FunctionType(result, [I32] * 5)
+        function = cgutils.get_or_insert_function(b.module, kind, "llvm.nvvm.shfl.sync.i32")
+        bits = b.bitcast(value.value, self.integer)
+        got = ir.Constant(self.integer, 0)
+        for part in range(self.real.itemsize // 4):
+            low = ir.Constant(self.integer, 32 * part)
+            word = bits if self.integer == I32 else b.trunc(b.lshr(bits, low), I32)
+            mask, exclusive, distance, all_lanes = (
+                ir.Constant(I32, v) for v in (-1, 3, step, WARP - 1)
+            )
+            word = b.extract_value(
+                b.call(function, [mask, exclusive, word, distance, all_lanes]), 0
+            )
+            got = word if self.integer == I32 else b.or_(got, b.shl(b.zext(word, I64), low))
+        return _llvm.Vector(self, b.bitcast(got, self.element))
+
+    def reduce(self, group: Group, join: Join, values: list[Value]) -> list[Value]:
+        """The values of all threads that hold the same lanes, joined; each of them gets the same."""
+        values = self._butterfly(group.across, group.lanes, join, values)
+        if group.warps > 1:
+            parts = self._through_block(group, values)
+            values = functools.reduce(functools.partial(join, self), parts)
+            together = min(group.warps, WARP // group.across)
+            values = self._butterfly(group.across, together, join, values)
+        if group.blocks > 1:
+            values = self._through_cluster(group, values)
+            values = self._butterfly(group.across, group.blocks, join, values)
+        return values
+
+    def _butterfly(self, step: int, count: int, join: Join, values: list[Value]) -> list[Value]:
+        for _ in range(count.bit_length() - 1):
+            values = join(self, values, [self.shuffle(v, step) for v in values])
+            step *= 2
+        return values
+
+    def _shared(self, count: int) -> ir.Value:
+        """Shared memory for so many numbers, all its own."""
+        kind = ir.ArrayType(self.element, count)
+        memory = ir.GlobalVariable(self.b.module, kind, f"exchange_{next(_places)}", addrspace=3)
+        memory.linkage = "internal"
+        memory.align = 16
+        memory.initializer = ir.Constant(kind, ir.Undefined)
+        return memory
+
+    def _place(self, memory: ir.Value, index: ir.Value) -> ir.Value:
+        return self.b.gep(memory, [ir.Constant(I32, 0), index])
+
+    def _through_block(self, group: Group, values: list[Value]) -> list[list[Value]]:
+        """What the warps of this thread's group hold: a list for each that this lane reads."""
+        b, count = self.b, len(values)
+        thread = self._register("tid.x")
+        lane = b.and_(thread, ir.Constant(I32, WARP - 1))
+        warp = b.lshr(thread, ir.Constant(I32, 5))
+        beside = b.and_(lane, ir.Constant(I32, group.across - 1))
+        memory = self._shared(WARP * count * group.across)
+
+        def at(warp: ir.Value, value: int) -> ir.Value:
+            row = b.add(b.mul(warp, ir.Constant(I32, count)), ir.Constant(I32, value))
+            return self._place(memory, b.add(b.mul(row, ir.Constant(I32, group.across)), beside))
+
+        with b.if_then(b.icmp_unsigned("<", lane, ir.Constant(I32, group.across))):
+            for i, value in enumerate(values):
+                b.store(value.value, at(warp, i))
+        self._barrier()
+        at_once = WARP // group.across
+        behind = b.udiv(lane, ir.Constant(I32, group.across))
+        first = b.and_(warp, ir.Constant(I32, -group.warps))
+        parts = []
+        for start in range(0, group.warps, at_once):
+            turn = b.add(behind, ir.Constant(I32, start))
+            which = b.add(first, b.and_(turn, ir.Constant(I32, group.warps - 1)))
+            parts.append([_llvm.Vector(self, b.load(at(which, i))) for i in range(count)])
+        return parts
+
+    def _through_cluster(self, group: Group, values: list[Value]) -> list[Value]:
+        """What the block of the cluster holds whose number this lane has."""
+        b = self.b
+        memory = self._shared(len(values))
+        thread = self._register("tid.x")
+        with b.if_then(b.icmp_unsigned("==", thread, ir.Constant(I32, 0))):
+            for i, value in enumerate(values):
+                b.store(value.value, self._place(memory, ir.Constant(I32, i)))
+        self.cluster_barrier()
+        rank = b.and_(thread, ir.Constant(I32, group.blocks - 1))
+        letter = "f" if self.real.itemsize == 4 else "d"
+        text = (
+            "{ .reg .u32 place; mapa.shared::cluster.u32 place, $1, $2; "
+            f"ld.shared::cluster.f{8 * self.real.itemsize} $0, [place]; }}"
+        )
+        got = []
+        for i in range(len(values)):
+            place = b.ptrtoint(self._place(memory, ir.Constant(I32, i)), I32)
+            arguments, constraints = [place, rank], f"={letter},r,r,~{{memory}}"
+            got.append(
+                _llvm.Vector(self, self._assembly(text, constraints, self.type, arguments, True))
+            )
+        return got
+
+    def cluster_barrier(self) -> None:
+        for text in ("arrive.release.aligned", "wait.acquire.aligned"):
+            self._assembly(f"barrier.cluster.{text};", "~{memory}", ir.VoidType(), [], True)
+
+    def rank(self) -> ir.Value:
+        """This block's number in its cluster."""
+        return self._assembly("mov.u32 $0, %cluster_ctarank;", "=r", I32, [], False)
+
+    # -- memory ---------------------------------------------------------------------------------
+
+    def all_of(self, conditions: Sequence[ir.Value]) -> ir.Value:
+        return functools.reduce(self.b.and_, conditions)
+
+    def below(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        return self.b.icmp_signed("<", a, b)
+
+    def plus(self, a: ir.Value, b: ir.Value | int) -> ir.Value:
+        return self.b.add(a, ir.Constant(a.type, b) if isinstance(b, int) else b)
+
+    def times(self, a: ir.Value, b: int) -> ir.Value:
+        return self.b.mul(a, ir.Constant(a.type, b))
+
+    def read(
+        self, form: Format, address: ir.Value, count: int, live: ir.Value, fill: float
+    ) -> list[_llvm.Vector]:
+        """``count`` neighbouring numbers, aligned to all their bytes; ``fill`` where not live."""
+        words = self._words(form, count)
+        kind, letter, bits = words
+        n = count * form.itemsize * 8 // bits
+        names = ", ".join(f"${i}" for i in range(n))
+        vector = f".v{n}" if n > 1 else ""
+        start = _pattern(form, fill, bits)
+        starts = " ".join(f"mov.b{max(bits, 16)} ${i}, {start};" for i in range(n))
+        held = "{" + names + "}" if n > 1 else names
+        text = (
+            f"{{ .reg .pred live; setp.ne.b32 live, ${n + 1}, 0; {starts} "
+            f"@live ld.global{vector}.b{bits} {held}, [${n}]; }}"
+        )
+        constraints = ",".join([f"=&{letter}"] * n + ["l", "r"])
+        result = kind if n == 1 else ir.LiteralStructType([kind] * n)
+        flag = self.b.zext(live, I32)
+        got = self._assembly(text, constraints, result, [address, flag], True)
+        raw = [got] if n == 1 else [self.b.extract_value(got, i) for i in range(n)]
+        values = [form.widen(self, v) for v in self._elements(form, raw, bits)]
+        if form.kind in "fV":
+            return values
+        return [self.where(_llvm.Vector(self, live), v, self.const(fill)) for v in values]
+
+    def _words(self, form: Format, count: int) -> tuple[ir.Type, str, int]:
+        """The registers that memory is read to: their type, its letter in assembly, its bits."""
+        bits = min(64 if form.itemsize == 8 else 32, 8 * form.itemsize * count)
+        kind = ir.IntType(max(bits, 16))
+        return kind, {8: "h", 16: "h", 32: "r", 64: "l"}[bits], bits
+
+    def _elements(self, form: Format, words: list[ir.Value], bits: int) -> list[ir.Value]:
+        size = 8 * form.itemsize
+        found = []
+        for word in words:
+            for start in range(0, bits, size):
+                part = word
+                if start:
+                    part = self.b.lshr(part, ir.Constant(part.type, start))
+                if part.type.width > size:
+                    part = self.b.trunc(part, ir.IntType(size))
+                found.append(self.b.bitcast(part, form.element))
+        return found
+
+    def write(
+        self, form: Format, address: ir.Value, values: list[_llvm.Vector], live: ir.Value
+    ) -> None:
+        kind, letter, bits = self._words(form, len(values))
+        size, words = 8 * form.itemsize, []
+        for start in range(0, len(values), max(1, bits // size)):
+            word = None
+            for i, value in enumerate(values[start : start + max(1, bits // size)]):
+                part = self.b.bitcast(form.narrow(self, value), ir.IntType(size))
+                if kind.width > size:
+                    part = self.b.zext(part, kind)
+                    part = self.b.shl(part, ir.Constant(kind, i * size)) if i else part
+                word = part if word is None else self.b.or_(word, part)
+            words.append(word)
+        n = len(words)
+        names = ", ".join(f"${i}" for i in range(n))
+        vector, held = (f".v{n}", "{" + names + "}") if n > 1 else ("", names)
+        text = (
+            f"{{ .reg .pred live; setp.ne.b32 live, ${n + 1}, 0; "
+            f"@live st.global{vector}.b{bits} [${n}], {held}; }}"
+        )
+        constraints = ",".join([letter] * n + ["l", "r", "~{memory}"])
+        flag = self.b.zext(live, I32)
+        self._assembly(text, constraints, ir.VoidType(), [*words, address, flag], True)
+
+
+def _pattern(form: Format, value: float, bits: int) -> str:
+    """A number as often as it fits so many bits; integers have a zero there."""
+    if form.kind not in "fV":
+        return "0"
+    size = 8 * form.itemsize
+    if form.kind == "V":
+        one = int(np.float32(value).view(np.uint32)) >> 16
+    else:
+        one = int(np.dtype(form.name).type(value).view(f"u{form.itemsize}"))
+    return hex(sum(one << start for start in range(0, bits, size)))
+
+
+class Simulated(_plain.Operations):
+    """A thread of Numba's simulator."""
+
+    def reduce(self, group: Group, join: Join, values: list[Value]) -> list[Value]:
+        """As the device's, from the values of all threads at once."""
+        thread: Any = threading.current_thread()
+        slots = thread._manager.__dict__.setdefault("slots", {})
+        me = thread.threadIdx
+        slots[me.y, me.x] = values
+        thread.syncthreads()
+        within = me.x % group.threads
+        start, beside = me.x - within, within % group.across
+        held = [
+            slots[block, start + beside + behind * group.across]
+            for block in range(group.blocks)
+            for behind in range(group.deep)
+        ]
+        thread.syncthreads()
+        columns = [np.array(column) for column in zip(*held, strict=True)]
+        while len(columns[0]) > 1:
+            columns = join(self, [c[::2] for c in columns], [c[1::2] for c in columns])
+        return [c[0] for c in columns]
+
+    def cluster_barrier(self) -> None:
+        threading.current_thread().syncthreads()  # type: ignore[attr-defined]
+
+    def rank(self) -> int:
+        return int(threading.current_thread().threadIdx.y)  # type: ignore[attr-defined]
+
+    def all_of(self, conditions: Sequence[bool]) -> bool:
+        return all(conditions)
+
+    def below(self, a: int, b: int) -> bool:
+        return a < b
+
+    def plus(self, a: int, b: int) -> int:
+        return a + b
+
+    def times(self, a: int, b: int) -> int:
+        return a * b
+
+    def read(self, form: Format, address: int, count: int, live: bool, fill: float) -> list[Value]:
+        if not live:
+            return [self.const(fill)] * count
+        memory = _memory(form, address, count)
+        if form.kind == "V":
+            memory = (memory.astype(np.uint32) << 16).view(np.float32)
+        return list(memory.astype(self.dtype))
+
+    def write(self, form: Format, address: int, values: list[Value], live: bool) -> None:
+        if not live:
+            return
+        memory, given = _memory(form, address, len(values)), np.array(values)
+        if form.kind == "V":
+            bits = given.view(np.uint32)
+            given = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        memory[...] = given
+
+
+_lent: list[tuple[int, int]] = []
+
+
+@contextlib.contextmanager
+def lent(extents: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """Memory (first byte, byte after the last) that simulated kernels may touch meanwhile."""
+    _lent[:] = extents
+    try:
+        yield
+    finally:
+        _lent.clear()
+
+
+def _memory(form: Format, address: int, count: int) -> np.ndarray[Any, Any]:
+    """The numbers at an address of the simulated device."""
+    size = count * form.itemsize
+    if not any(low <= address and address + size <= high for low, high in _lent):
+        raise AssertionError(f"{size} bytes at {address:#x} are none of the arrays lent: {_lent}")
+    if address % size:
+        raise AssertionError(f"{size} bytes at {address:#x} are not aligned")
+    bytes_ = (ctypes.c_char * size).from_address(int(address))
+    return np.frombuffer(bytes_, np.uint16 if form.kind == "V" else form.name)
+
+
+# -- functions of a machine -----------------------------------------------------------------------
+
+
+def lifted(function: Callable[..., Any], real: _scalars.Real, results: int = 0) -> Callable[..., Any]:
+    """A function ``(o, ...)`` for kernels to call, without the ``o``.
+
+    Its arguments are tuples of numbers (lists for the function) and integers; it returns so many
+    numbers, as a tuple, or nothing.
+    """
+    if SIMULATED:
+        return _in_simulator(function, _simulated(real))
+    return _on_device(function, real, results)
+
+
+@functools.cache
+def _simulated(real: _scalars.Real) -> Simulated:
+    return Simulated(real)
+
+
+def _in_simulator(function: Callable[..., Any], o: Simulated) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        given = (list(a) if isinstance(a, tuple) else a for a in arguments)
+        with np.errstate(all="ignore"):
+            result = function(o, *given)
+        return None if result is None else tuple(result)
+
+    return call
+
+
+def _on_device(function: Callable[..., Any], real: _scalars.Real, results: int) -> Callable[..., Any]:
+    from numba.cuda import types
+    from numba.cuda.extending import intrinsic
+
+    number = getattr(types, real.name)
+    result = types.UniTuple(number, results) if results else types.void
+
+    def typed(context: Any, *arguments: Any) -> Any:
+        kinds = [a if isinstance(a, types.BaseTuple) else types.int64 for a in arguments]
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            o = Device(builder, real)
+            given = [
+                [_llvm.Vector(o, v) for v in cgutils.unpack_tuple(builder, value)]
+                if isinstance(kind, types.BaseTuple)
+                else value
+                for kind, value in zip(kinds, values, strict=True)
+            ]
+            made = function(o, *given)
+            if not results:
+                return context.get_dummy_value()
+            return context.make_tuple(builder, signature.return_type, [v.value for v in made])
+
+        return result(*kinds), generate
+
+    # Numba binds calls by the signature, and takes none with *arguments.
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    first = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    typed.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
+    typed.__name__ = function.__name__
+    return intrinsic(typed)  # type: ignore[no-any-return]
+
+
+__all__ = ["FORMATS", "SIMULATED", "WARP", "Group", "lent", "lifted"]
