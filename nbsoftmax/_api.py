@@ -2,12 +2,18 @@
 
 from typing import Any
 
-from ._cpu import run
+from ._backends import run
 from ._semantics import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 
 
 def softmax(
-    x: Any, axis: Any = None, *, where: Any = None, out: Any = None, dtype: Any = None
+    x: Any,
+    axis: Any = None,
+    *,
+    where: Any = None,
+    out: Any = None,
+    dtype: Any = None,
+    stream: Any = None,
 ) -> Any:
     r"""Softmax along one axis, several axes or the whole array.
 
@@ -28,6 +34,8 @@ def softmax(
         result can be cast (``same_kind``), and may be ``x`` itself or overlap it.
     dtype : dtype, optional
         float16, float32 or float64: convert ``x`` to it, compute and return in it.
+    stream : int or object with ``__cuda_stream__``, optional
+        For arrays on a CUDA device: where the work is queued, instead of on the array's own stream.
 
     Returns
     -------
@@ -72,11 +80,17 @@ def softmax(
     >>> softmax(np.array([1, 1, 7]), where=[True, True, False])
     array([0.5, 0.5, 0. ])
     """
-    return run(SOFTMAX, x, axis, where, out, dtype)
+    return run(SOFTMAX, x, axis, where, out, dtype, stream=stream)
 
 
 def log_softmax(
-    x: Any, axis: Any = None, *, where: Any = None, out: Any = None, dtype: Any = None
+    x: Any,
+    axis: Any = None,
+    *,
+    where: Any = None,
+    out: Any = None,
+    dtype: Any = None,
+    stream: Any = None,
 ) -> Any:
     r"""Logarithm of softmax, without the loss that taking it afterwards would have.
 
@@ -93,6 +107,8 @@ def log_softmax(
     out : ndarray, optional
         As in `softmax`.
     dtype : dtype, optional
+        As in `softmax`.
+    stream : int or object with ``__cuda_stream__``, optional
         As in `softmax`.
 
     Returns
@@ -124,7 +140,7 @@ def log_softmax(
     >>> log_softmax(np.array([40.0, 0.0]))
     array([-4.24835426e-18, -4.00000000e+01])
     """
-    return run(LOG_SOFTMAX, x, axis, where, out, dtype)
+    return run(LOG_SOFTMAX, x, axis, where, out, dtype, stream=stream)
 
 
 def logsumexp(
@@ -137,6 +153,7 @@ def logsumexp(
     where: Any = None,
     out: Any = None,
     dtype: Any = None,
+    stream: Any = None,
 ) -> Any:
     r"""Logarithm of the sum of exponentials, weighted if asked.
 
@@ -161,6 +178,8 @@ def logsumexp(
     out : ndarray, optional
         Receives the result and is returned; shape of the result, dtype as in `softmax`.
     dtype : dtype, optional
+        As in `softmax`.
+    stream : int or object with ``__cuda_stream__``, optional
         As in `softmax`.
 
     Returns
@@ -210,6 +229,7 @@ def logsumexp(
         where,
         out,
         dtype,
+        stream=stream,
         b=b,
         keepdims=keepdims,
         return_sign=return_sign,

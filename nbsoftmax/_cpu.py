@@ -626,20 +626,10 @@ def _weighted(x: Array, weights: Array, result: np.dtype[Any]) -> tuple[Array, A
     weights[x == -np.inf] = 0.0
     m, s, c = _weighted_pairs(x, weights)
     o = _plain.operations(_scalars.WEIGHTED["float64"])
-    # The sum over the term of the largest x is 1 + y. The logarithm wants its magnitude less 1.
-    y, y_low = _scalars.ratio_to_largest(o, m, s, c)
-    total = (1.0 + y) + y_low
-    sign = np.sign(total)
-    negative = sign < 0
-    mirrored, rest = _scalars.two_sum(-2.0 * np.ones_like(y), -y)
-    log, low = _scalars.log1p(
-        o, np.where(negative, mirrored, y), np.where(negative, rest - y_low, y_low)
-    )
-    high, rest = _scalars.two_sum(m, log)
-    value = np.where(total == 0, -np.inf, high + (rest + low))
+    value, sign = _scalars.log_weighted(o, m, s, c)
     empty = hidden.all(axis=1)
     value[empty], sign[empty] = -np.inf, 0.0
-    odd = ~empty & ~(np.isfinite(m) & (np.isfinite(value) | (total == 0)))
+    odd = ~empty & ~(np.isfinite(m) & (np.isfinite(value) | (sign == 0)))
     if odd.any():  # infinities: the direct sum knows their rules
         direct = (weights[odd] * np.exp(x[odd])).sum(axis=1)
         value[odd], sign[odd] = np.log(np.abs(direct)), np.sign(direct)

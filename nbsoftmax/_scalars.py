@@ -337,3 +337,19 @@ def logsumexp(o: Operations, m: Value, s: Value, c: Value) -> Value:
     # An infinite maximum is its own answer unless the sum is NaN; two_sum would make inf - inf.
     infinite = _without_terms(o, m, s)
     return o.where(infinite, m, total + (rest + low))
+
+
+def log_weighted(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
+    """``log |sum|`` and the sign of a pair's weighted sum; its maximum and weights are finite."""
+    zero, one = o.const(0.0), o.const(1.0)
+    # The sum over the largest term is 1 + y. The logarithm wants its magnitude less 1.
+    y, y_low = ratio_to_largest(o, m, s, c)
+    total = (one + y) + y_low
+    mirrored, rest = two_sum(o.const(-2.0), zero - y)
+    negative = total < zero
+    log, low = log1p(o, o.where(negative, mirrored, y), o.where(negative, rest - y_low, y_low))
+    high, rest = two_sum(m, log)
+    empty = total == zero
+    value = o.where(empty, o.const(-float("inf")), high + (rest + low))
+    sign = o.where(negative, o.const(-1.0), o.where(empty, zero, one))
+    return value, o.where(total == total, sign, total)

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ._kernels import Job
+from ._kernels import Elements, Job
 
 Architecture = tuple[int, int]
 _compiling = threading.RLock()
@@ -25,7 +25,7 @@ class Cubin(NamedTuple):
     symbol: bytes
 
 
-def cubin(job: Job, architecture: Architecture) -> Cubin:
+def cubin(job: Job | Elements, architecture: Architecture) -> Cubin:
     """From the disk, or compiled now (0.3 s)."""
     key = f"{job.name}_sm{architecture[0]}{architecture[1]}_{_stamp()}"
     cache = _cache()
@@ -70,7 +70,9 @@ def _stamp() -> str:
     return digest.hexdigest()[:24]
 
 
-def compile_(job: Job, architecture: Architecture, report: bool = False) -> tuple[bytes, str]:
+def compile_(
+    job: Job | Elements, architecture: Architecture, report: bool = False
+) -> tuple[bytes, str]:
     """A cubin, and what the assembler says of it if ``report``. Needs neither driver nor device."""
     from cuda.core import Linker, LinkerOptions, ObjectCode
     from numba import cuda
@@ -80,10 +82,13 @@ def compile_(job: Job, architecture: Architecture, report: bool = False) -> tupl
 
     with _compiling, _without_a_device(architecture):
         kernel = _kernels.kernel(job)
-        arguments = (types.int64,) * kernel.__code__.co_argcount
+        arguments = [
+            types.int64 if count is None else types.UniTuple(types.int64, count)
+            for count in job.integers
+        ]
         ltoir, _ = cuda.compile(
             kernel,
-            arguments,
+            tuple(arguments),
             device=False,
             abi="numba",
             cc=architecture,

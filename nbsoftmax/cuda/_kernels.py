@@ -9,10 +9,14 @@ row (``inner`` is 1), or of neighbouring columns.  Kernels with the same tiles d
   again. ``reduce``: pairs of a single chunk, made logsumexp at once.
 
 A lane's pair is ``(m, count, s, c)``: its maximum, how many elements equal it, and the sum of the other
-terms in two parts (`_scalars`).
+terms in two parts (`_scalars`). With weights ``count`` is their sum, and a fifth part has what decides
+alone: NaN or an infinity if there is one.
+
+Arrays that are not folded, or have a mask, are packed to rows first, and results taken to where they
+belong: `Elements`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +30,6 @@ from ._prims import SIMULATED, Group, lifted
 
 Values = list[Any]
 INFINITY = float("inf")
-PARTS = 4  # of a pair
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Job:
     access: int  # numbers that x lets it read at once
     out_access: int
     block: int  # threads
+    weighted: bool = False
 
     @property
     def form(self) -> Format:
@@ -60,7 +64,12 @@ class Job:
 
     @property
     def real(self) -> _scalars.Real:
-        return self.form.real
+        return _scalars.WEIGHTED[self.source] if self.weighted else self.form.real
+
+    @property
+    def parts(self) -> int:
+        """Numbers of a pair."""
+        return 5 if self.weighted else 4
 
     @property
     def pair_form(self) -> Format:
@@ -92,14 +101,22 @@ class Job:
 
     def together(self, lanes: list[Values]) -> Values:
         """Numbers by lane in the order in which a thread holds them."""
-        return lanes[0] if self.along else [v for vector in zip(*lanes, strict=True) for v in vector]
+        return (
+            lanes[0] if self.along else [v for vector in zip(*lanes, strict=True) for v in vector]
+        )
+
+    @property
+    def integers(self) -> list[int | None]:
+        """How many integers each argument of the kernel is; None for a bare one."""
+        return [None] * {"whole": 9, "apply": 13, "merge": 13}.get(self.stage, 12)
 
     @property
     def name(self) -> str:
         letter = "r" if self.along else "c"
         shape = f"{self.group.across}x{self.group.deep}x{self.group.blocks}"
         held = f"{self.vectors}x{self.width}a{self.access}a{self.out_access}b{self.block}"
-        return f"{self.op}_{self.stage}_{self.source}_{self.result}_{letter}{shape}_{held}"
+        op = f"weighted_{self.op}" if self.weighted else self.op
+        return f"{op}_{self.stage}_{self.source}_{self.result}_{letter}{shape}_{held}"
 
 
 # -- a lane's numbers in registers ----------------------------------------------------------------
@@ -138,28 +155,39 @@ def add_totals(o: Any, p: Values, q: Values) -> Values:
     return joined
 
 
-def push(o: Any, pair: Values, values: Values, m: Any) -> Values:
+def push(o: Any, pair: Values, values: Values, m: Any, weights: Values | None = None) -> Values:
     """A pair of maximum ``m`` with more numbers, none above it."""
-    _, count, s, c = pair
+    _, count, s, c, *decides = pair
     by = _scalars.scale(o, m)
     one, zero = o.const(1.0), o.const(0.0)
-    for x in values:
+    for i, x in enumerate(values):
+        weight = one if weights is None else weights[i]
         equal = x == m
         near = o.where(equal, by.near, x - by.shift)
-        term, c = _scalars.exp_two_parts(o, near, by, c, equal)
+        term, c = _scalars.exp_two_parts(o, near, by, c, equal, weights and weight)
         s, c = _scalars.add(s, c, term)
-        count = count + o.where(equal, one, zero)
-    return [m, count, s, c]
+        count = count + o.where(equal, weight, zero)
+        if weights is not None:
+            decides = [decides[0] + _decisive(o, x, weight)]
+    return [m, count, s, c, *decides]
 
 
-def empty(o: Any) -> Values:
+def _decisive(o: Any, x: Any, weight: Any) -> Any:
+    """What an element says of its lane's weighted sum alone; else 0."""
+    zero, infinity = o.const(0.0), o.const(INFINITY)
+    infinite = (x == infinity) | (abs(weight) == infinity)
+    nan = o.where(x == x, zero, x) + o.where(weight == weight, zero, weight)
+    return o.where(infinite, weight * infinity, nan)
+
+
+def empty(o: Any, parts: int) -> Values:
     """The pair of no numbers."""
-    return [o.const(-INFINITY), o.const(0.0), o.const(0.0), o.const(0.0)]
+    return [o.const(-INFINITY)] + [o.const(0.0)] * (parts - 1)
 
 
 def raised(o: Any, pair: Values, whole: Any) -> Values:
     """A pair as part of a lane with the maximum ``whole``."""
-    m, count, s, c = pair
+    m, count, s, c, *decides = pair
     same = m == whole
     by, factor = _scalars.scale(o, whole), _scalars.rescale(o, m, whole)
     term = _scalars.exp(o, m - by.shift, by)
@@ -172,24 +200,30 @@ def raised(o: Any, pair: Values, whole: Any) -> Values:
         o.where(same, count, zero),
         o.where(same, s, sum_),
         o.where(same, c, low),
+        *decides,
     ]
 
 
-def add_pairs(o: Any, p: Values, q: Values) -> Values:
+def each_pair(pairs: Values, parts: int) -> list[Values]:
+    return [pairs[i : i + parts] for i in range(0, len(pairs), parts)]
+
+
+def add_pairs(o: Any, parts: int, p: Values, q: Values) -> Values:
     """Pairs of the same maxima, joined."""
     joined: Values = []
-    for i in range(0, len(p), PARTS):
-        s, c = _scalars.merge(p[i + 2], p[i + 3], q[i + 2], q[i + 3])
-        joined += [p[i], p[i + 1] + q[i + 1], s, c]
+    for one, other in zip(each_pair(p, parts), each_pair(q, parts), strict=True):
+        s, c = _scalars.merge(one[2], one[3], other[2], other[3])
+        decides = [a + b for a, b in zip(one[4:], other[4:], strict=True)]
+        joined += [one[0], one[1] + other[1], s, c, *decides]
     return joined
 
 
-def join(o: Any, p: Values, q: Values) -> Values:
+def join(o: Any, parts: int, p: Values, q: Values) -> Values:
     """Any pairs, joined."""
     joined: Values = []
-    for i in range(0, len(p), PARTS):
-        m = o.larger(p[i], q[i])
-        joined += add_pairs(o, raised(o, p[i : i + PARTS], m), raised(o, q[i : i + PARTS], m))
+    for one, other in zip(each_pair(p, parts), each_pair(q, parts), strict=True):
+        m = o.larger(one[0], other[0])
+        joined += add_pairs(o, parts, raised(o, one, m), raised(o, other, m))
     return joined
 
 
@@ -202,6 +236,23 @@ def finish(o: Any, op: str, pair: Values) -> Values:
     if op == LOGSUMEXP:
         return [_scalars.logsumexp(o, m, s, c)]
     return [m, _scalars.log_sum(o, m, s, c)[0]]
+
+
+def finish_weighted(o: Any, pair: Values) -> Values:
+    """The logarithm of the magnitude of a lane's weighted sum, and its sign."""
+    m, count, s, c, decides = pair
+    zero, one, infinity = o.const(0.0), o.const(1.0), o.const(INFINITY)
+    s, c = _scalars.with_equals(o, m, count, s, c)
+    value, sign = _scalars.log_weighted(o, m, s, c)
+    nothing = m == o.const(-INFINITY)
+    value, sign = o.where(nothing, m, value), o.where(nothing, zero, sign)
+    # 0 leaves it as it is; a NaN is neither.
+    calm = decides == zero
+    direction = o.where(decides > zero, one, o.where(decides < zero, o.const(-1.0), decides))
+    return [
+        o.where(calm, value, o.where(abs(decides) == infinity, infinity, decides)),
+        o.where(calm, sign, direction),
+    ]
 
 
 def answers(o: Any, op: str, values: Values, needs: Values) -> Values:
@@ -223,7 +274,7 @@ class Functions:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        lanes, held, pairs = job.lanes, job.vectors * job.width, PARTS * job.lanes
+        lanes, held, pairs = job.lanes, job.vectors * job.width, job.parts * job.lanes
         reduces = job.op == LOGSUMEXP
 
         def function(body: Callable[..., Any], results: int = 0) -> Callable[..., Any]:
@@ -234,11 +285,15 @@ class Functions:
         self.whole = function(self._whole, lanes if reduces else held)
         self.no_pairs = function(self._no_pairs, pairs)
         self.push_tile = function(self._push_tile, pairs)
+        self.push_weighted = function(self._push_weighted, pairs)
+        self.load_weights = function(self._load_weights, held)
         self.share_pairs = function(self._share_pairs, pairs)
         self.join_pairs = function(self._join_pairs, pairs)
         self.load_pairs = function(self._load_pairs, pairs)
         self.store_pairs = function(self._store_pairs)
         self.finish_lanes = function(self._finish_lanes, lanes * NEEDS[job.op])
+        self.finish_values = function(self._finish_values, lanes)
+        self.finish_signs = function(self._finish_signs, lanes)
         self.apply = function(self._apply, held)
         self.store_lanes = function(self._store_lanes)
         self.cluster_barrier = function(self._cluster_barrier)
@@ -246,29 +301,41 @@ class Functions:
     # Memory. The address is that of a thread's first vector, `first` its lane element, `step` the
     # bytes to its next one. `limit` is where the lane ends, and `edge` how many columns there are.
 
-    def _places(self, o: Any, address: Any, step: Any, first: Any, limit: Any, edge: Any, form: Format, access: int) -> Any:
+    def _places(
+        self, o: Any, address: Any, step: Any, first: Any, limit: Any, edge: Any, out: bool = False
+    ) -> Iterator[tuple[Any, Any]]:
         job = self.job
+        access, form = (job.out_access, job.out_form) if out else (job.access, job.form)
         for j in range(job.vectors):
             at = o.plus(first, j * job.advance)
             for k in range(0, job.width, access):
                 place = o.plus(o.plus(address, o.times(step, j)), k * form.itemsize)
                 if job.along:
-                    live = o.below(o.plus(at, k), limit)
+                    yield place, o.below(o.plus(at, k), limit)
                 else:
-                    live = o.all_of([o.below(at, limit), o.below(o.plus(o.times(edge, 0), k), edge)])
-                yield place, live
+                    yield place, o.all_of([o.below(at, limit), o.above(edge, k)])
 
     def _load(self, o: Any, address: Any, step: Any, first: Any, limit: Any, edge: Any) -> Values:
-        job, values = self.job, []
-        for place, live in self._places(o, address, step, first, limit, edge, job.form, job.access):
-            values += o.read(job.form, place, job.access, live, -INFINITY)
+        return self._tile(o, self._places(o, address, step, first, limit, edge), -INFINITY)
+
+    def _load_weights(
+        self, o: Any, address: Any, step: Any, first: Any, limit: Any, edge: Any
+    ) -> Values:
+        return self._tile(o, self._places(o, address, step, first, limit, edge), 0.0)
+
+    def _tile(self, o: Any, places: Any, fill: float) -> Values:
+        values: Values = []
+        for place, live in places:
+            values += o.read(self.job.form, place, self.job.access, live, fill)
         return values
 
-    def _store(self, o: Any, address: Any, step: Any, first: Any, limit: Any, edge: Any, values: Any) -> None:
-        job, access = self.job, self.job.out_access
-        places = self._places(o, address, step, first, limit, edge, job.out_form, access)
+    def _store(
+        self, o: Any, address: Any, step: Any, first: Any, limit: Any, edge: Any, values: Values
+    ) -> None:
+        access = self.job.out_access
+        places = self._places(o, address, step, first, limit, edge, out=True)
         for i, (place, live) in enumerate(places):
-            o.write(job.out_form, place, values[i * access : (i + 1) * access], live)
+            o.write(self.job.out_form, place, values[i * access : (i + 1) * access], live)
 
     # A tile that holds its lanes from end to end.
 
@@ -278,7 +345,9 @@ class Functions:
         maxima = o.reduce(job.group, larger, [maximum(o, lane) for lane in lanes])
         if job.op == SOFTMAX:
             held = [terms(o, lane, m) for lane, m in zip(lanes, maxima, strict=True)]
-            sums = o.reduce(job.group, add_totals, [part for lane in held for part in total(o, lane)])
+            sums = o.reduce(
+                job.group, add_totals, [part for lane in held for part in total(o, lane)]
+            )
             made = []
             for i, (lane, m) in enumerate(zip(held, maxima, strict=True)):
                 inverse = _scalars.reciprocal(o, m, *sums[2 * i : 2 * i + 2])
@@ -286,44 +355,58 @@ class Functions:
             return job.together(made)
         pairs: Values = []
         for lane, m in zip(lanes, maxima, strict=True):
-            pairs += push(o, empty(o), lane, m)
-        pairs = o.reduce(job.group, add_pairs, pairs)
+            pairs += push(o, empty(o, job.parts), lane, m)
+        pairs = self._reduce_pairs(o, pairs)
         made = []
-        for i, (lane, m) in enumerate(zip(lanes, maxima, strict=True)):
-            needs = finish(o, job.op, [m, *pairs[PARTS * i + 1 : PARTS * (i + 1)]])
+        for lane, pair in zip(lanes, each_pair(pairs, job.parts), strict=True):
+            needs = finish(o, job.op, pair)
             made.append(needs if job.op == LOGSUMEXP else answers(o, job.op, lane, needs))
         return [v for lane in made for v in lane] if job.op == LOGSUMEXP else job.together(made)
 
     # Tiles of lanes that are longer.
 
     def _no_pairs(self, o: Any) -> Values:
-        return empty(o) * self.job.lanes
+        return empty(o, self.job.parts) * self.job.lanes
 
     def _push_tile(self, o: Any, pairs: Values, values: Values) -> Values:
         pushed: Values = []
-        for i, lane in enumerate(self.job.split(values)):
-            pair = pairs[PARTS * i : PARTS * (i + 1)]
+        pairs_ = each_pair(pairs, self.job.parts)
+        for pair, lane in zip(pairs_, self.job.split(values), strict=True):
             m = o.larger(maximum(o, lane), pair[0])
             pushed += push(o, raised(o, pair, m), lane, m)
         return pushed
 
+    def _push_weighted(self, o: Any, pairs: Values, values: Values, weights: Values) -> Values:
+        """Of one lane. A weight of 0 hides its number, and -inf its weight."""
+        zero, least = o.const(0.0), o.const(-INFINITY)
+        values = [o.where(w == zero, least, x) for x, w in zip(values, weights, strict=True)]
+        weights = [o.where(x == least, zero, w) for x, w in zip(values, weights, strict=True)]
+        m = o.larger(maximum(o, values), pairs[0])
+        return push(o, raised(o, pairs, m), values, m, weights)
+
     def _share_pairs(self, o: Any, pairs: Values) -> Values:
         """Of all threads of a group."""
-        maxima = o.reduce(self.job.group, larger, pairs[::PARTS])
+        pairs_ = each_pair(pairs, self.job.parts)
+        maxima = o.reduce(self.job.group, larger, [pair[0] for pair in pairs_])
         same: Values = []
-        for i, m in enumerate(maxima):
-            same += raised(o, pairs[PARTS * i : PARTS * (i + 1)], m)
-        return o.reduce(self.job.group, add_pairs, same)
+        for pair, m in zip(pairs_, maxima, strict=True):
+            same += raised(o, pair, m)
+        return self._reduce_pairs(o, same)
+
+    def _reduce_pairs(self, o: Any, pairs: Values) -> Values:
+        """Pairs of the same maxima, of all threads of a group."""
+        parts = self.job.parts
+        return o.reduce(self.job.group, lambda o, p, q: add_pairs(o, parts, p, q), pairs)  # type: ignore[no-any-return]
 
     def _join_pairs(self, o: Any, pairs: Values, others: Values) -> Values:
-        return join(o, pairs, others)
+        return join(o, self.job.parts, pairs, others)
 
     def _pair_places(self, o: Any, address: Any, plane: Any, edge: Any) -> Any:
         """Where the parts of pairs lie: one plane for all maxima, and so on."""
         job = self.job
         for k in range(job.lanes):
-            live = o.below(o.plus(o.times(edge, 0), k), edge)
-            for part in range(PARTS):
+            live = o.above(edge, k)
+            for part in range(job.parts):
                 place = o.plus(o.plus(address, o.times(plane, part)), k * job.real.itemsize)
                 yield place, live, part
 
@@ -341,9 +424,18 @@ class Functions:
 
     def _finish_lanes(self, o: Any, pairs: Values) -> Values:
         made: Values = []
-        for i in range(self.job.lanes):
-            made += finish(o, self.job.op, pairs[PARTS * i : PARTS * (i + 1)])
+        for pair in each_pair(pairs, self.job.parts):
+            made += finish(o, self.job.op, pair)
         return made
+
+    def _finish_values(self, o: Any, pairs: Values) -> Values:
+        pairs_ = each_pair(pairs, self.job.parts)
+        if self.job.weighted:
+            return [finish_weighted(o, pair)[0] for pair in pairs_]
+        return [finish(o, LOGSUMEXP, pair)[0] for pair in pairs_]
+
+    def _finish_signs(self, o: Any, pairs: Values) -> Values:
+        return [finish_weighted(o, pair)[1] for pair in each_pair(pairs, self.job.parts)]
 
     def _apply(self, o: Any, values: Values, needs: Values) -> Values:
         job = self.job
@@ -358,7 +450,7 @@ class Functions:
         """One result for each lane."""
         form = self.job.out_form
         for k, value in enumerate(values):
-            live = o.below(o.plus(o.times(edge, 0), k), edge)
+            live = o.above(edge, k)
             o.write(form, o.plus(address, k * form.itemsize), [value], live)
 
     def _cluster_barrier(self, o: Any) -> None:
@@ -372,11 +464,17 @@ class Functions:
 # chunks first.
 
 
-def kernel(job: Job) -> Callable[..., None]:
+def kernel(job: "Job | Elements") -> Callable[..., None]:
     """A job's kernel as Python, for the compiler or the simulator."""
-    return {"whole": _whole, "pairs": _pairs, "reduce": _pairs, "apply": _apply, "merge": _apply}[
-        job.stage
-    ](job)
+    makers: dict[str, Callable[[Any], Callable[..., None]]] = {
+        "whole": _whole,
+        "pairs": _pairs,
+        "reduce": _pairs,
+        "apply": _apply,
+        "merge": _apply,
+        "elements": _elements,
+    }
+    return makers[job.stage](job)
 
 
 def _position(job: Job) -> Callable[..., Any]:
@@ -441,13 +539,15 @@ def _whole(job: Job) -> Callable[..., None]:
 def _pairs(job: Job) -> Callable[..., None]:
     f, position = Functions(job), _position(job)
     load, push_tile, share_pairs, no_pairs = f.load, f.push_tile, f.share_pairs, f.no_pairs
-    finish_lanes, store_lanes, store_pairs = f.finish_lanes, f.store_lanes, f.store_pairs
+    load_weights, push_weighted = f.load_weights, f.push_weighted
+    store_lanes, store_pairs = f.store_lanes, f.store_pairs
+    finish_values, finish_signs = f.finish_values, f.finish_signs
     along, width, advance, tile = job.along, job.width, job.advance, job.tile
     size, out_size, pair_size = job.form.itemsize, job.out_form.itemsize, job.real.itemsize
-    final = job.stage == "reduce"
+    final, weighted = job.stage == "reduce", job.weighted
 
     def kernel(
-        x: int, out: int, outer: int, n: int, inner: int,
+        x: int, weights: int, out: int, signs: int, outer: int, n: int, inner: int,
         x_outer: int, x_n: int, out_outer: int, chunks: int, length: int,
     ) -> None:  # fmt: skip
         chunk = np.int64(cuda.blockIdx.x) % chunks
@@ -456,17 +556,24 @@ def _pairs(job: Job) -> Callable[..., None]:
         start = chunk * length
         end = min(start + length, n)
         limit = end if edge > 0 else 0
-        address = x + index * x_outer + column * size + first * x_n
+        place = index * x_outer + column * size + first * x_n
         pairs = no_pairs()
         while start < end:
-            values = load(address + start * x_n, advance * x_n, start + first, limit, edge)
-            pairs = push_tile(pairs, values)
+            at, step = place + start * x_n, advance * x_n
+            values = load(x + at, step, start + first, limit, edge)
+            if weighted:
+                by = load_weights(weights + at, step, start + first, limit, edge)
+                pairs = push_weighted(pairs, values, by)
+            else:
+                pairs = push_tile(pairs, values)
             start += tile
         pairs = share_pairs(pairs)
         edge = edge if before == 0 else 0
         if final:
-            address = out + index * out_outer + column * out_size
-            store_lanes(address, edge, finish_lanes(pairs))
+            place = index * out_outer + column * out_size
+            store_lanes(out + place, edge, finish_values(pairs))
+            if weighted:
+                store_lanes(signs + place, edge, finish_signs(pairs))
         else:
             lanes = outer * inner
             lane = chunk * lanes + index * inner + column
@@ -479,13 +586,14 @@ def _apply(job: Job) -> Callable[..., None]:
     f, position = Functions(job), _position(job)
     load, store, apply, no_pairs = f.load, f.store, f.apply, f.no_pairs
     load_pairs, join_pairs, share_pairs = f.load_pairs, f.join_pairs, f.share_pairs
-    finish_lanes, store_lanes = f.finish_lanes, f.store_lanes
+    finish_lanes, finish_values, finish_signs = f.finish_lanes, f.finish_values, f.finish_signs
+    store_lanes = f.store_lanes
     along, width, advance, tile, deep = job.along, job.width, job.advance, job.tile, job.deep
     size, out_size, pair_size = job.form.itemsize, job.out_form.itemsize, job.real.itemsize
-    reduces = job.op == LOGSUMEXP
+    reduces, weighted = job.stage == "merge", job.weighted
 
     def kernel(
-        x: int, out: int, pairs_: int, outer: int, n: int, inner: int,
+        x: int, pairs_: int, out: int, signs: int, outer: int, n: int, inner: int,
         x_outer: int, x_n: int, out_outer: int, out_n: int, chunks: int, length: int,
     ) -> None:  # fmt: skip
         parts = 1 if reduces else chunks  # that this lane's results are written in
@@ -499,11 +607,15 @@ def _apply(job: Job) -> Callable[..., None]:
             others = load_pairs(address + chunk * lanes * pair_size, plane, edge)
             pairs = join_pairs(pairs, others)
             chunk += deep
-        needs = finish_lanes(share_pairs(pairs))
-        to = out + index * out_outer + column * out_size
+        pairs = share_pairs(pairs)
+        place = index * out_outer + column * out_size
         if reduces:
-            store_lanes(to, edge if before == 0 else 0, needs)
+            edge = edge if before == 0 else 0
+            store_lanes(out + place, edge, finish_values(pairs))
+            if weighted:
+                store_lanes(signs + place, edge, finish_signs(pairs))
         else:
+            needs = finish_lanes(pairs)
             first = before * width if along else before
             chunk = np.int64(cuda.blockIdx.x) % chunks
             low = chunk * length
@@ -512,11 +624,78 @@ def _apply(job: Job) -> Callable[..., None]:
             start = low + (limit - 1 - low) // tile * tile
             limit = limit if edge > 0 else 0
             address = x + index * x_outer + column * size + first * x_n
-            to += first * out_n
+            to = out + place + first * out_n
             while start >= low:
                 values = load(address + start * x_n, advance * x_n, start + first, limit, edge)
                 results = apply(values, needs)
                 store(to + start * out_n, advance * out_n, start + first, limit, edge, results)
                 start -= tile
+
+    return kernel
+
+
+# -- one element after the other ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Elements:
+    """A kernel that copies any array to any other, with another dtype, hiding what a mask hides."""
+
+    source: str
+    result: str
+    dims: int
+    mask: str | None = None  # format; visible is what is larger than `above`
+    above: float = 0.0
+    fill: float = 0.0  # for the hidden
+    native: bool = True  # byte order of the source, and of the result
+    result_native: bool = True
+    block: int = 256
+    group: Group = Group(1, 256)
+
+    @property
+    def name(self) -> str:
+        hides = f"{self.mask}_above_{self.above}_else_{self.fill}" if self.mask else "all"
+        swapped = f"{'' if self.native else 'swapped'}{'' if self.result_native else 'swaps'}"
+        return f"elements_{self.source}_{self.result}_{self.dims}_{hides}{swapped}"
+
+    @property
+    def stage(self) -> str:
+        return "elements"
+
+    @property
+    def integers(self) -> list[int | None]:
+        """How many integers each argument of the kernel is; None for a bare one."""
+        return [None] * 4 + [self.dims] * 4
+
+
+def _elements(job: Elements) -> Callable[..., None]:
+    form, out_form = FORMATS[job.source], FORMATS[job.result]
+    mask_form = FORMATS[job.mask] if job.mask else None
+
+    def copy(
+        o: Any, i: Any, count: Any, x: Any, mask: Any, out: Any,
+        sizes: Any, steps: Any, mask_steps: Any, out_steps: Any,
+    ) -> None:  # fmt: skip
+        live = o.below(i, count)
+        for size, *strides in reversed(list(zip(sizes, steps, mask_steps, out_steps, strict=True))):
+            i, index = o.divided(i, size)
+            x, mask, out = (
+                o.plus(place, o.times(index, stride))
+                for place, stride in zip((x, mask, out), strides, strict=True)
+            )
+        (value,) = o.read(form, x, 1, live, 0.0, job.native)
+        if mask_form is not None:
+            (visible,) = o.read(mask_form, mask, 1, live, 0.0)
+            value = o.where(visible > o.const(job.above), value, o.const(job.fill))
+        o.write(out_form, out, [value], live, job.result_native)
+
+    body, block = lifted(copy, form.real), job.block
+
+    def kernel(
+        x: int, mask: int, out: int, count: int,
+        sizes: Any, steps: Any, mask_steps: Any, out_steps: Any,
+    ) -> None:  # fmt: skip
+        i = np.int64(cuda.blockIdx.x) * block + np.int64(cuda.threadIdx.x)
+        body(i, count, x, mask, out, sizes, steps, mask_steps, out_steps)
 
     return kernel

@@ -99,7 +99,14 @@ class Plan:
 
 
 def plan(
-    op: str, outer: int, n: int, inner: int, itemsize: int, compute_itemsize: int, cluster: bool
+    op: str,
+    outer: int,
+    n: int,
+    inner: int,
+    itemsize: int,
+    compute_itemsize: int,
+    cluster: bool,
+    weighted: bool = False,
 ) -> Plan:
     """The regime of an array folded to ``(outer, n, inner)``. First line that holds wins."""
     limits = LIMITS
@@ -109,7 +116,8 @@ def plan(
         sizes = [(deep, v) for deep, v in limits.rows if v * width <= held]
         for deep, vectors in sizes:
             if deep * vectors * width >= n:
-                return Plan(True, 1, deep, 1, vectors, width, max(deep, limits.block))
+                shape = Plan(True, 1, deep, 1, vectors, width, max(deep, limits.block))
+                return dataclasses.replace(shape, chunks=1, length=n) if weighted else shape
         deep, vectors = sizes[-1]
         for blocks in limits.clusters if cluster and op != LOGSUMEXP else ():
             if deep * vectors * width * blocks >= n:

@@ -24,7 +24,7 @@ from numba import cuda
 from numba.core import cgutils
 
 from .. import _llvm, _plain, _scalars
-from .._formats import FORMATS, Format
+from .._formats import Format
 from .._llvm import I32, I64
 
 SIMULATED = bool(cuda.config.ENABLE_CUDASIM)
@@ -88,7 +88,12 @@ class Device(_llvm.Arithmetic):
         self.b.call(cgutils.get_or_insert_function(self.b.module, kind, "llvm.nvvm.barrier0"), [])
 
     def _assembly(
-        self, text: str, constraints: str, result: ir.Type, arguments: Sequence[ir.Value], effect: bool
+        self,
+        text: str,
+        constraints: str,
+        result: ir.Type,
+        arguments: Sequence[ir.Value],
+        effect: bool,
     ) -> ir.Value:
         kind = ir.FunctionType(result, [a.type for a in arguments])
         return self.b.call(ir.InlineAsm(kind, text, constraints, side_effect=effect), arguments)
@@ -216,11 +221,25 @@ class Device(_llvm.Arithmetic):
     def plus(self, a: ir.Value, b: ir.Value | int) -> ir.Value:
         return self.b.add(a, ir.Constant(a.type, b) if isinstance(b, int) else b)
 
-    def times(self, a: ir.Value, b: int) -> ir.Value:
-        return self.b.mul(a, ir.Constant(a.type, b))
+    def above(self, a: ir.Value, b: int) -> ir.Value:
+        return self.b.icmp_signed(">", a, ir.Constant(a.type, b))
+
+    def times(self, a: ir.Value, b: ir.Value | int) -> ir.Value:
+        return self.b.mul(a, ir.Constant(a.type, b) if isinstance(b, int) else b)
+
+    def divided(self, a: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The quotient and the rest."""
+        quotient = self.b.udiv(a, b)
+        return quotient, self.b.sub(a, self.b.mul(quotient, b))
 
     def read(
-        self, form: Format, address: ir.Value, count: int, live: ir.Value, fill: float
+        self,
+        form: Format,
+        address: ir.Value,
+        count: int,
+        live: ir.Value,
+        fill: float,
+        native: bool = True,
     ) -> list[_llvm.Vector]:
         """``count`` neighbouring numbers, aligned to all their bytes; ``fill`` where not live."""
         words = self._words(form, count)
@@ -240,10 +259,20 @@ class Device(_llvm.Arithmetic):
         flag = self.b.zext(live, I32)
         got = self._assembly(text, constraints, result, [address, flag], True)
         raw = [got] if n == 1 else [self.b.extract_value(got, i) for i in range(n)]
+        if not native:
+            raw = [self._swapped(word, bits) for word in raw]
         values = [form.widen(self, v) for v in self._elements(form, raw, bits)]
         if form.kind in "fV":
             return values
         return [self.where(_llvm.Vector(self, live), v, self.const(fill)) for v in values]
+
+    def _swapped(self, word: ir.Value, bits: int) -> ir.Value:
+        """Bytes in the opposite order."""
+        if bits == 8:
+            return word
+        kind = ir.FunctionType(word.type, [word.type])
+        name = f"llvm.bswap.i{bits}"
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), [word])
 
     def _words(self, form: Format, count: int) -> tuple[ir.Type, str, int]:
         """The registers that memory is read to: their type, its letter in assembly, its bits."""
@@ -265,19 +294,24 @@ class Device(_llvm.Arithmetic):
         return found
 
     def write(
-        self, form: Format, address: ir.Value, values: list[_llvm.Vector], live: ir.Value
+        self,
+        form: Format,
+        address: ir.Value,
+        values: list[_llvm.Vector],
+        live: ir.Value,
+        native: bool = True,
     ) -> None:
         kind, letter, bits = self._words(form, len(values))
         size, words = 8 * form.itemsize, []
         for start in range(0, len(values), max(1, bits // size)):
             word = None
             for i, value in enumerate(values[start : start + max(1, bits // size)]):
-                part = self.b.bitcast(form.narrow(self, value), ir.IntType(size))
+                part = self.b.bitcast(self._stored(form, value), ir.IntType(size))
                 if kind.width > size:
                     part = self.b.zext(part, kind)
                     part = self.b.shl(part, ir.Constant(kind, i * size)) if i else part
                 word = part if word is None else self.b.or_(word, part)
-            words.append(word)
+            words.append(word if native else self._swapped(word, bits))
         n = len(words)
         names = ", ".join(f"${i}" for i in range(n))
         vector, held = (f".v{n}", "{" + names + "}") if n > 1 else ("", names)
@@ -288,6 +322,17 @@ class Device(_llvm.Arithmetic):
         constraints = ",".join([letter] * n + ["l", "r", "~{memory}"])
         flag = self.b.zext(live, I32)
         self._assembly(text, constraints, ir.VoidType(), [*words, address, flag], True)
+
+    def _stored(self, form: Format, value: _llvm.Vector) -> ir.Value:
+        """A number as it lies in memory."""
+        if form.itemsize > self.real.itemsize:
+            return self.b.fpext(value.value, form.element)
+        if form.kind == "V" and self.real.itemsize == 8:
+            single = Device(self.b, _scalars.FLOAT32)
+            return form.narrow(
+                single, _llvm.Vector(single, self.b.fptrunc(value.value, single.type))
+            )
+        return form.narrow(self, value)
 
 
 def _pattern(form: Format, value: float, bits: int) -> str:
@@ -340,25 +385,48 @@ class Simulated(_plain.Operations):
     def plus(self, a: int, b: int) -> int:
         return a + b
 
+    def above(self, a: int, b: int) -> bool:
+        return a > b
+
     def times(self, a: int, b: int) -> int:
         return a * b
 
-    def read(self, form: Format, address: int, count: int, live: bool, fill: float) -> list[Value]:
+    def divided(self, a: int, b: int) -> tuple[int, int]:
+        return divmod(a, b)
+
+    def read(
+        self,
+        form: Format,
+        address: int,
+        count: int,
+        live: bool,
+        fill: float,
+        native: bool = True,
+    ) -> list[Value]:
         if not live:
             return [self.const(fill)] * count
         memory = _memory(form, address, count)
+        if not native:
+            memory = memory.byteswap()
         if form.kind == "V":
             memory = (memory.astype(np.uint32) << 16).view(np.float32)
         return list(memory.astype(self.dtype))
 
-    def write(self, form: Format, address: int, values: list[Value], live: bool) -> None:
+    def write(
+        self,
+        form: Format,
+        address: int,
+        values: list[Value],
+        live: bool,
+        native: bool = True,
+    ) -> None:
         if not live:
             return
         memory, given = _memory(form, address, len(values)), np.array(values)
         if form.kind == "V":
-            bits = given.view(np.uint32)
+            bits = given.astype(np.float32).view(np.uint32)
             given = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        memory[...] = given
+        memory[...] = given if native else given.astype(memory.dtype).byteswap()
 
 
 _lent: list[tuple[int, int]] = []
@@ -388,11 +456,13 @@ def _memory(form: Format, address: int, count: int) -> np.ndarray[Any, Any]:
 # -- functions of a machine -----------------------------------------------------------------------
 
 
-def lifted(function: Callable[..., Any], real: _scalars.Real, results: int = 0) -> Callable[..., Any]:
+def lifted(
+    function: Callable[..., Any], real: _scalars.Real, results: int = 0
+) -> Callable[..., Any]:
     """A function ``(o, ...)`` for kernels to call, without the ``o``.
 
-    Its arguments are tuples of numbers (lists for the function) and integers; it returns so many
-    numbers, as a tuple, or nothing.
+    Its arguments are integers and tuples of numbers or integers (lists for the function); it returns
+    so many numbers, as a tuple, or nothing.
     """
     if SIMULATED:
         return _in_simulator(function, _simulated(real))
@@ -406,7 +476,7 @@ def _simulated(real: _scalars.Real) -> Simulated:
 
 def _in_simulator(function: Callable[..., Any], o: Simulated) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
-        given = (list(a) if isinstance(a, tuple) else a for a in arguments)
+        given = (list(a) if isinstance(a, tuple) else int(a) for a in arguments)
         with np.errstate(all="ignore"):
             result = function(o, *given)
         return None if result is None else tuple(result)
@@ -414,7 +484,9 @@ def _in_simulator(function: Callable[..., Any], o: Simulated) -> Callable[..., A
     return call
 
 
-def _on_device(function: Callable[..., Any], real: _scalars.Real, results: int) -> Callable[..., Any]:
+def _on_device(
+    function: Callable[..., Any], real: _scalars.Real, results: int
+) -> Callable[..., Any]:
     from numba.cuda import types
     from numba.cuda.extending import intrinsic
 
@@ -424,14 +496,15 @@ def _on_device(function: Callable[..., Any], real: _scalars.Real, results: int) 
     def typed(context: Any, *arguments: Any) -> Any:
         kinds = [a if isinstance(a, types.BaseTuple) else types.int64 for a in arguments]
 
+        def held(o: Device, kind: Any, value: Any) -> Any:
+            if not isinstance(kind, types.BaseTuple):
+                return value
+            parts = cgutils.unpack_tuple(o.b, value)
+            return parts if kind.dtype == types.int64 else [_llvm.Vector(o, v) for v in parts]
+
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             o = Device(builder, real)
-            given = [
-                [_llvm.Vector(o, v) for v in cgutils.unpack_tuple(builder, value)]
-                if isinstance(kind, types.BaseTuple)
-                else value
-                for kind, value in zip(kinds, values, strict=True)
-            ]
+            given = (held(o, kind, value) for kind, value in zip(kinds, values, strict=True))
             made = function(o, *given)
             if not results:
                 return context.get_dummy_value()
@@ -445,6 +518,3 @@ def _on_device(function: Callable[..., Any], real: _scalars.Real, results: int) 
     typed.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
     typed.__name__ = function.__name__
     return intrinsic(typed)  # type: ignore[no-any-return]
-
-
-__all__ = ["FORMATS", "SIMULATED", "WARP", "Group", "lent", "lifted"]

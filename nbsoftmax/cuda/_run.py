@@ -1,0 +1,467 @@
+"""The CUDA backend: fold, plan, launch; packing of what does not fold. Nothing here synchronises."""
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .. import _semantics
+from .._formats import FORMATS
+from .._semantics import LOGSUMEXP, SOFTMAX
+from . import _arrays, _device, _plan
+from ._arrays import View
+from ._kernels import Elements, Job
+from ._prims import Group
+
+INFINITY = float("inf")
+ADDRESSES = {  # the first arguments of each stage's kernel
+    "whole": ("x", "out"),
+    "pairs": ("x", "weights", "pairs", "signs"),
+    "reduce": ("x", "weights", "out", "signs"),
+    "apply": ("x", "pairs", "out", "signs"),
+    "merge": ("x", "pairs", "out", "signs"),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A kernel that waits for addresses."""
+
+    job: Job
+    units: int
+    names: tuple[str, ...]
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """All that is known before the data: made once for each geometry."""
+
+    steps: tuple[Step, ...]
+    scratch: int  # bytes
+    order: tuple[int, ...]  # of a new result's axes, slowest first
+    shape: tuple[int, ...]
+
+    def run(
+        self, device: Any, addresses: dict[str, int], extents: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        if not self.scratch:
+            for step in self.steps:
+                places = (addresses.get(name, 0) for name in step.names)
+                device.launch(step.job, step.units, (*places, *step.numbers), extents)
+            return
+        with device.scratch(self.scratch) as (address, extent):
+            inside = replace(self, scratch=0)
+            inside.run(device, {**addresses, "pairs": address}, [*extents, extent])
+
+
+@functools.lru_cache(maxsize=1024)
+def _call(
+    op: str,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    format_: str,
+    axis: Any,
+    keepdims: bool,
+    at: int,
+    out_strides: tuple[int, ...] | None,
+    out_at: int,
+    clusters: bool,
+    weighted: bool = False,
+) -> Call | None:
+    """How to run ``op`` on an array as it lies; None if no kernel can.
+
+    ``at`` and ``out_at`` say where the arrays start within a vector.
+    """
+    axes = _semantics.normalize_axis(axis, len(shape))
+    form = FORMATS[format_]
+    if 0 in shape or form.kind not in "fV":
+        return None
+    size = form.itemsize
+    fold = _semantics.fold(shape, strides, out_strides, axes, size, size)
+    if fold is None:
+        return None
+    reduces = op == LOGSUMEXP
+    outer, n, inner = fold.outer, fold.n, fold.inner
+    plan = _plan.plan(op, outer, n, inner, size, form.real.itemsize, clusters, weighted)
+    x_n, out_n = (size, size) if inner == 1 else (fold.x_n, fold.out_n)
+    out_outer = inner * size if reduces else fold.out_outer
+    row = (n if plan.along else inner) * size
+    steps = () if plan.along else (x_n,)
+    access = _plan.access(plan.width, size, at, row, fold.x_outer if outer > 1 else 0, *steps)
+    steps = () if plan.along else (out_n,)
+    out_access = _plan.access(plan.width, size, out_at, row, out_outer if outer > 1 else 0, *steps)
+    group = Group(plan.across, plan.deep, plan.clusters)
+
+    def step(stage: str, units: int, *numbers: int) -> Step:
+        held = plan.width, plan.vectors, access, 1 if reduces else out_access
+        job = Job(stage, op, format_, format_, plan.along, group, *held, plan.block, weighted)
+        return Step(job, units, ADDRESSES[stage], numbers)
+
+    units = plan.units(outer, inner)
+    folded = outer, n, inner, fold.x_outer, x_n
+    cut = plan.chunks, plan.length
+    scratch = 0
+    if not plan.chunks:
+        made = [step("whole", units, *folded, out_outer, out_n)]
+    elif reduces and plan.chunks == 1:
+        made = [step("reduce", units, *folded, out_outer, *cut)]
+    else:
+        parts = 5 if weighted else 4
+        scratch = parts * plan.chunks * outer * inner * form.real.itemsize
+        last = "merge" if reduces else "apply"
+        made = [
+            step("pairs", units * plan.chunks, *folded, 0, *cut),
+            step(last, units * (1 if reduces else plan.chunks), *folded, out_outer, out_n, *cut),
+        ]
+    final = _semantics.result_shape(op, shape, axes, keepdims)
+    left = [i for i in range(len(shape)) if not reduces or keepdims or i not in axes]
+    order = tuple(left.index(i) for i in fold.order if i in left)
+    return Call(tuple(made), scratch, order, final)
+
+
+_plan.on_change(_call.cache_clear)
+
+
+# -- the three functions --------------------------------------------------------------------------
+
+
+def run(
+    op: str,
+    x: Any,
+    axis: Any,
+    where: Any = None,
+    out: Any = None,
+    dtype: Any = None,
+    stream: Any = None,
+    *,
+    b: Any = None,
+    keepdims: bool = False,
+    return_sign: bool = False,
+    name: str = "x",
+) -> Any:
+    """One of the three functions on one device array."""
+    keepdims = bool(keepdims)
+    a = _arrays.view(x, name)
+    device = _device.of(a, stream)
+    plain = where is None and b is None and dtype is None and a.native and not return_sign
+    if plain and out is None and (axis is None or type(axis) is int):
+        geometry = op, a.shape, a.strides, a.format, axis, keepdims, a.address % 16
+        call = _call(*geometry, None, 0, device.clusters)
+        if call is not None:
+            kind = _arrays.kind_of(x)
+            made = kind.new(x, call.shape, a.format, call.order, device.stream_number)
+            to = kind.view(made, "out")
+            call.run(device, {"x": a.address, "out": to.address}, [a.extent, to.extent])
+            return _arrays.delivered(made)
+    request = _Request(op, x, a, device, keepdims, name)
+    return request.answer(axis, where, out, dtype, b, bool(return_sign))
+
+
+def _result_format(format_: str) -> str:
+    return format_ if FORMATS[format_].kind in "fV" else "float64"
+
+
+class _Request:
+    """A call whose every argument is looked at."""
+
+    def __init__(self, op: str, x: Any, a: View, device: Any, keepdims: bool, name: str) -> None:
+        self.op, self.x, self.a, self.device = op, x, a, device
+        self.keepdims, self.name = keepdims, name
+        self.scratch = contextlib.ExitStack()
+        self.lent: list[tuple[int, int]] = []
+
+    def answer(self, axis: Any, where: Any, out: Any, dtype: Any, b: Any, return_sign: bool) -> Any:
+        op, a = self.op, self.a
+        chosen = None if dtype is None else _semantics.chosen_dtype(dtype).name
+        weights = None if b is None else self._weights(b)
+        self.axes = _semantics.normalize_axis(axis, len(self.a.shape))
+        mask = None if where is None else self._mask(where)
+        result = _result_format(a.format)
+        if weights is not None:
+            result = _common_format(result, _result_format(weights.format))
+        self.result = result = chosen or result
+        self.shape = _semantics.result_shape(op, self.a.shape, self.axes, self.keepdims)
+        to = None if out is None else self._out(out)
+        made = signs = None
+        if to is None:
+            made, to = self._new(result)
+        self.lent = [v.extent for v in (self.a, to, mask, weights) if v is not None]
+        signs_to = None
+        if return_sign:
+            signs, signs_to = self._new(result)
+            self.lent.append(signs_to.extent)
+        with self.scratch:
+            self._fill(to, signs_to, mask, weights, return_sign)
+        answer = out if made is None else _arrays.delivered(made)
+        return answer if signs is None else (answer, _arrays.delivered(signs))
+
+    # The arguments.
+
+    def _weights(self, b: Any) -> View:
+        if isinstance(b, (bool, int, float)):
+            raise TypeError("b must be an array on the device of a, not a number")
+        weights = self._beside(b, "b")
+        try:
+            shape = np.broadcast_shapes(self.a.shape, weights.shape)
+        except ValueError:
+            raise ValueError(
+                f"b of shape {weights.shape} does not broadcast with a of shape {self.a.shape}"
+            ) from None
+        self.a = _broadcast(self.a, shape)
+        return _broadcast(weights, shape)
+
+    def _mask(self, where: Any) -> View:
+        mask = self._beside(where, "where")
+        if mask.format != "bool":
+            raise TypeError(f"where must be boolean, not of dtype {mask.format}")
+        try:
+            return _broadcast(mask, self.a.shape)
+        except ValueError:
+            raise ValueError(
+                f"where of shape {mask.shape} cannot be broadcast to the input's shape "
+                f"{self.a.shape}"
+            ) from None
+
+    def _beside(self, array: Any, name: str) -> View:
+        seen = _arrays.view(array, name)
+        here, there = self.device.number, _device.number(seen)
+        if here != there:
+            raise ValueError(f"{name} lies on device {there}, {self.name} on device {here}")
+        return seen
+
+    def _out(self, out: Any) -> View:
+        to = self._beside(out, "out")
+        if to.shape != self.shape:
+            raise ValueError(f"out has shape {to.shape}, but the result has shape {self.shape}")
+        if FORMATS[to.format].kind not in "fV":
+            raise TypeError(
+                f"out has dtype {to.format}, to which a result of {self.result} cannot be cast"
+            )
+        if not to.writable:
+            raise ValueError("out is read-only")
+        return to
+
+    def _new(self, format_: str) -> tuple[Any, View]:
+        kind = _arrays.kind_of(self.x)
+        order = tuple(range(len(self.shape)))
+        made = kind.new(self.x, self.shape, format_, order, self.device.stream_number)
+        return made, kind.view(made, "out")
+
+    # The work.
+
+    def _fill(
+        self, to: View, signs: View | None, mask: View | None, weights: View | None, signed: bool
+    ) -> None:
+        a, op, size = self.a, self.op, _arrays.size_of(self.shape)
+        if not size:
+            return
+        if not a.size:
+            self._constant(to, -INFINITY)
+            if signs is not None:
+                self._constant(signs, -1.0)  # SciPy's word for an empty sum
+            return
+        if weights is not None or signed:
+            self._weighted(to, signs, mask, weights)
+            return
+        apart = _apart(a, to) or (replace(a, writable=True) == replace(to, stream=a.stream))
+        if mask is None and apart and a.native and to.native:
+            if a.format == self.result == to.format and self._direct(a, to):
+                return
+        self._packed(to, mask)
+
+    def _direct(self, a: View, to: View) -> bool:
+        """Straight from and to the arrays as they lie, if a kernel can."""
+        geometry = self.op, a.shape, a.strides, a.format, self.axes, self.keepdims, a.address % 16
+        strides = None if self.op == LOGSUMEXP else to.strides
+        call = _call(*geometry, strides, to.address % 16, self.device.clusters)
+        if call is None:
+            return False
+        if self.op == LOGSUMEXP:
+            as_new = _arrays.contiguous(to.shape, call.order, to.itemsize)
+            if not _same_walk(to.shape, to.strides, as_new):
+                return False
+        call.run(self.device, {"x": a.address, "out": to.address}, self.lent)
+        return True
+
+    def _rows(self, view: View) -> View:
+        """An array with the kept axes first, the reduced ones last."""
+        kept = tuple(i for i in range(len(view.shape)) if i not in self.axes)
+        order = kept + self.axes
+        return replace(
+            view,
+            shape=tuple(view.shape[i] for i in order),
+            strides=tuple(view.strides[i] for i in order),
+        )
+
+    def _lanes(self, to: View) -> View:
+        """A result in the order of `_rows`."""
+        if self.op != LOGSUMEXP:
+            return self._rows(to)
+        if self.keepdims:
+            kept = [i for i in range(len(to.shape)) if i not in self.axes]
+            to = replace(
+                to,
+                shape=tuple(to.shape[i] for i in kept),
+                strides=tuple(to.strides[i] for i in kept),
+            )
+        return to
+
+    def _packed(self, to: View, mask: View | None) -> None:
+        a, op = self._rows(self.a), self.op
+        x = self._scratch(a.shape, self.result)
+        rows_mask = None if mask is None else self._rows(mask)
+        self._copy(a, x, rows_mask, fill=-INFINITY)
+        lanes, n = self._counts()
+        y = x if op != LOGSUMEXP else self._scratch((lanes,), self.result)
+        self._on_rows(op, x, y, lanes, n)
+        hidden = None
+        if rows_mask is not None and op != LOGSUMEXP:
+            # A lane without anything visible is the one whose sum of visible ones is empty.
+            seen = self._scratch(a.shape, "float16")
+            self._copy(rows_mask, seen, rows_mask, fill=-INFINITY)
+            hidden = self._scratch((lanes,), "float16")
+            self._on_rows(LOGSUMEXP, seen, hidden, lanes, n)
+        target = self._lanes(to)
+        y = replace(y, shape=target.shape, strides=_natural(target.shape, y.itemsize))
+        if hidden is not None:
+            kept = len(self.a.shape) - len(self.axes)
+            strides = _natural(target.shape[:kept], 2) + (0,) * len(self.axes)
+            hidden = replace(hidden, shape=target.shape, strides=strides)
+        self._copy(y, target, hidden, above=-INFINITY, fill=0.0 if op == SOFTMAX else -INFINITY)
+
+    def _weighted(
+        self, to: View, signs: View | None, mask: View | None, weights: View | None
+    ) -> None:
+        a = self._rows(self.a)
+        x, by = self._scratch(a.shape, "float64"), self._scratch(a.shape, "float64")
+        rows_mask = None if mask is None else self._rows(mask)
+        self._copy(a, x, rows_mask, fill=-INFINITY)
+        if weights is None:
+            self._constant(by, 1.0)
+            if rows_mask is not None:
+                self._copy(by, by, rows_mask, fill=0.0)
+        else:
+            self._copy(self._rows(weights), by, rows_mask, fill=0.0)
+        lanes, n = self._counts()
+        y, sign = self._scratch((lanes,), "float64"), self._scratch((lanes,), "float64")
+        geometry = LOGSUMEXP, (lanes, n), (8 * n, 8), "float64", 1, False, 0, None, 0
+        call = _call(*geometry, self.device.clusters, True)
+        assert call is not None
+        addresses = {"x": x.address, "weights": by.address, "out": y.address, "signs": sign.address}
+        call.run(self.device, addresses, self.lent)
+        target = self._lanes(to)
+        strides = _natural(target.shape, 8)
+        y, sign = (replace(v, shape=target.shape, strides=strides) for v in (y, sign))
+        if signs is None:  # the logarithm of a negative sum is no number
+            self._copy(y, target, sign, above=-0.5, fill=float("nan"))
+        else:
+            self._copy(y, target)
+            self._copy(sign, self._lanes(signs))
+
+    def _counts(self) -> tuple[int, int]:
+        """How many lanes there are, and how long they are."""
+        n = _arrays.size_of(tuple(self.a.shape[i] for i in self.axes))
+        return self.a.size // n, n
+
+    def _on_rows(self, op: str, x: View, y: View, lanes: int, n: int) -> None:
+        size = x.itemsize
+        strides = n * size, size
+        out_strides = None if op == LOGSUMEXP else strides
+        geometry = op, (lanes, n), strides, x.format, 1, False, 0, out_strides, 0
+        call = _call(*geometry, self.device.clusters)
+        assert call is not None
+        call.run(self.device, {"x": x.address, "out": y.address}, self.lent)
+
+    def _scratch(self, shape: tuple[int, ...], format_: str) -> View:
+        """Contiguous memory until the end of the call."""
+        size = FORMATS[format_].itemsize
+        count = _arrays.size_of(shape) * size
+        address, extent = self.scratch.enter_context(self.device.scratch(count))
+        self.lent.append(extent)
+        return View(address, shape, _natural(shape, size), format_, None, None, True)
+
+    def _constant(self, to: View, value: float) -> None:
+        """Fill an array: nothing in it is visible."""
+        self._copy(to, to, replace(to, native=True), above=INFINITY, fill=value)
+
+    def _copy(
+        self, x: View, to: View, mask: View | None = None, above: float = 0.0, fill: float = 0.0
+    ) -> None:
+        """``to[...] = where(mask > above, x, fill)``, with a change of dtype."""
+        beside = to if mask is None else mask
+        shape, steps = _coalesced(x.shape, (x.strides, beside.strides, to.strides))
+        job = Elements(
+            x.format,
+            to.format,
+            len(shape),
+            None if mask is None else mask.format,
+            above,
+            fill,
+            x.native,
+            to.native,
+        )
+        count = x.size
+        addresses = x.address, beside.address, to.address
+        arguments = (*addresses, count, *shape, *steps[0], *steps[1], *steps[2])
+        self.device.launch(job, -(-count // job.block), arguments, self.lent)
+
+
+# -- strides --------------------------------------------------------------------------------------
+
+
+def _natural(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    return _arrays.contiguous(shape, tuple(range(len(shape))), itemsize)
+
+
+def _broadcast(view: View, shape: tuple[int, ...]) -> View:
+    """A view as NumPy would broadcast it."""
+    if np.broadcast_shapes(view.shape, shape) != shape:
+        raise ValueError
+    extra = len(shape) - len(view.shape)
+    sizes = (1,) * extra + view.shape
+    strides = (0,) * extra + view.strides
+    steps = (0 if size == 1 else step for size, step in zip(sizes, strides, strict=True))
+    return replace(view, shape=shape, strides=tuple(steps))
+
+
+def _same_walk(shape: tuple[int, ...], strides: tuple[int, ...], others: tuple[int, ...]) -> bool:
+    steps = zip(shape, strides, others, strict=True)
+    return all(size == 1 or step == other for size, step, other in steps)
+
+
+def _apart(a: View, b: View) -> bool:
+    """Whether two arrays have no memory in common, as far as their ends tell."""
+    return a.extent[1] <= b.extent[0] or b.extent[1] <= a.extent[0]
+
+
+def _coalesced(
+    shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Fewer and longer axes that walk the same elements of several arrays in the same order."""
+    sizes: list[int] = []
+    steps: list[list[int]] = []
+    for size, *step in zip(shape, *strides, strict=True):
+        if size == 1:
+            continue
+        if sizes and all(before == size * s for before, s in zip(steps[-1], step, strict=True)):
+            sizes[-1] *= size
+            steps[-1] = list(step)
+        else:
+            sizes.append(size)
+            steps.append(list(step))
+    if not sizes:
+        sizes, steps = [1], [[0] * len(strides)]
+    return tuple(sizes), list(zip(*steps, strict=True))
+
+
+def _common_format(a: str, b: str) -> str:
+    """The format in which both are exact, as NumPy promotes."""
+    if a == b:
+        return a
+    if "bfloat16" in (a, b):
+        return "float64" if "float64" in (a, b) else "float32"
+    return np.result_type(np.dtype(a), np.dtype(b)).name
