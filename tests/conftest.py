@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import zlib
 from enum import Enum
 
 import numpy as np
@@ -10,7 +12,11 @@ import pytest
 
 import nbsoftmax
 
-from . import cases
+from . import cases, cuda_arrays
+
+# In the simulator a call takes a tenth of a second, and an element 30 us.
+SIMULATED_SHARE = 100
+SIMULATED_ELEMENTS = 2500
 
 
 class Backend(Enum):
@@ -26,14 +32,22 @@ class Backend(Enum):
 
     NUMPY = "numpy"
     NUMPY_READONLY = "numpy:readonly"
+    CUDA = "cuda"
+
+    @classmethod
+    def present(cls):
+        """The backends that can be tested here."""
+        return [backend for backend in cls if backend is not cls.CUDA or not cuda_arrays.MISSING]
 
     @classmethod
     def libraries(cls):
         """One backend for each library: no variants."""
-        return [backend for backend in cls if ":" not in backend.value]
+        return [backend for backend in cls.present() if ":" not in backend.value]
 
     def put(self, array):
         """A NumPy array as this backend's, with the same strides where it has strides."""
+        if self is Backend.CUDA:
+            return cuda_arrays.put(array)
         if self is Backend.NUMPY_READONLY and isinstance(array, np.ndarray):
             array = array.view()
             array.flags.writeable = False
@@ -41,7 +55,7 @@ class Backend(Enum):
 
     def get(self, result):
         """This backend's result as NumPy's."""
-        return result
+        return cuda_arrays.get(result) if self is Backend.CUDA else result
 
     def __call__(self, op, x, *args, out=None, **kwargs):
         inputs = {"x": x, **{name: kwargs[name] for name in ("where", "b") if name in kwargs}}
@@ -49,9 +63,17 @@ class Backend(Enum):
         for name in ("where", "b"):
             if name in kwargs:
                 kwargs[name] = self.put(kwargs[name])
+        if self is Backend.CUDA and np.size(x) > SIMULATED_ELEMENTS and cuda_arrays.SIMULATED:
+            pytest.skip("too many elements for the simulator")
+        given = out
         if out is not None:
-            kwargs["out"] = out
-        result = self.get(getattr(nbsoftmax, op)(self.put(x), *args, **kwargs))
+            kwargs["out"] = given = self.put(out)
+        result = getattr(nbsoftmax, op)(self.put(x), *args, **kwargs)
+        if given is not out and not isinstance(result, tuple):
+            assert result is given
+            cuda_arrays.fetch(given, out)
+            result = out
+        result = self.get(result)
         for name, value in inputs.items():
             if not (isinstance(value, np.ndarray) and np.may_share_memory(value, out)):
                 assert _bytes(value) == before[name], f"{op} wrote to {name}"
@@ -68,12 +90,37 @@ each_library = pytest.mark.parametrize(
 )
 
 
+def pytest_report_header():
+    return cuda_arrays.report(SIMULATED_SHARE)
+
+
+def pytest_collection_modifyitems(config, items):
+    """In the simulator a part of the cases has to do; which, the names decide."""
+    if not cuda_arrays.SIMULATED:
+        return
+
+    def chosen(item):
+        call = getattr(item, "callspec", None)
+        on_cuda = call is not None and call.params.get("backend") is Backend.CUDA
+        every = item.get_closest_marker("every_backend") is not None
+        return not on_cuda or every or zlib.crc32(item.nodeid.encode()) % SIMULATED_SHARE == 0
+
+    left = [item for item in items if not chosen(item)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if chosen(item)]
+
+
 def pytest_configure(config):
+    if cuda_arrays.SIMULATED:
+        # Its threads wait for one another: the interpreter must change between them more often.
+        sys.setswitchinterval(3e-4)
+    config.addinivalue_line("markers", "every_backend: all cases, in the simulator too")
     config.addinivalue_line("markers", "skip_backend(*backends, reason): no such thing there")
     config.addinivalue_line("markers", "xfail_backend(*backends, reason): a stated deviation")
 
 
-@pytest.fixture(params=list(Backend), ids=lambda backend: backend.value)
+@pytest.fixture(params=Backend.present(), ids=lambda backend: backend.value)
 def backend(request):
     """Each backend in turn, less those that the test is marked to skip."""
     for mark in request.node.iter_markers("skip_backend"):
@@ -83,7 +130,11 @@ def backend(request):
         if request.param in _backends_of(mark):
             reason = mark.kwargs["reason"]
             request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-    return request.param
+    if request.param is Backend.CUDA:
+        with cuda_arrays.using("default"):
+            yield request.param
+    else:
+        yield request.param
 
 
 def _backends_of(mark):
@@ -106,5 +157,5 @@ def using(name):
     """The thresholds of one regime of `cases.REGIMES`."""
     from nbsoftmax import _plan
 
-    with _plan.using(**cases.REGIMES[name]):
+    with _plan.using(**cases.REGIMES[name]), cuda_arrays.using(name):
         yield

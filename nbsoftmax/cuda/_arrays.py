@@ -1,7 +1,7 @@
 """Device arrays of every library: what they are, and new ones of the same kind.
 
-An array that offers no more than ``__cuda_array_interface__`` or DLPack is served too; its results are
-`DeviceArray`.
+An array that offers no more than ``__cuda_array_interface__`` or DLPack is served too; its results
+are `DeviceArray`.
 """
 
 import functools
@@ -233,7 +233,8 @@ def _dtype(format_: str) -> np.dtype[Any]:
     if format_ == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return found
     return np.dtype(format_)
 
 

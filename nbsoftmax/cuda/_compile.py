@@ -125,4 +125,4 @@ def _symbol(code: bytes) -> bytes:
     names = set(re.findall(rb"\.text\.(_Z\w+)\x00", code))
     if len(names) != 1:
         raise RuntimeError(f"a cubin with the kernels {sorted(names)} instead of one")
-    return names.pop()
+    return bytes(names.pop())

@@ -1,19 +1,20 @@
 """The kernels: how threads share lanes, hold numbers in registers, and join what they know.
 
-An array is folded to ``(outer, n, inner)``, and a *tile* is what a group of threads holds of it: of one
-row (``inner`` is 1), or of neighbouring columns.  Kernels with the same tiles do all there is to do:
+An array is folded to ``(outer, n, inner)``, and a *tile* is what a group of threads holds of it: of
+one row (``inner`` is 1), or of neighbouring columns. Kernels with the same tiles do all there is to
+do:
 
 * ``whole``: a tile holds its lanes from end to end. x is read once.
-* ``pairs``, then ``apply`` (for logsumexp ``merge``): a lane is cut into chunks, one for each block.
-  The first leaves each chunk's pair in scratch memory, the second joins a lane's pairs and reads x
-  again. ``reduce``: pairs of a single chunk, made logsumexp at once.
+* ``pairs``, then ``apply`` (for logsumexp ``merge``): a lane is cut into chunks, one for each
+  block. The first leaves each chunk's pair in scratch memory, the second joins a lane's pairs and
+  reads x again. ``reduce``: pairs of a single chunk, made logsumexp at once.
 
-A lane's pair is ``(m, count, s, c)``: its maximum, how many elements equal it, and the sum of the other
-terms in two parts (`_scalars`). With weights ``count`` is their sum, and a fifth part has what decides
-alone: NaN or an infinity if there is one.
+A lane's pair is ``(m, count, s, c)``: its maximum, how many elements equal it, and the sum of the
+other terms in two parts (`_scalars`). With weights ``count`` is their sum, and a fifth part has
+what decides alone: NaN or an infinity if there is one.
 
-Arrays that are not folded, or have a mask, are packed to rows first, and results taken to where they
-belong: `Elements`.
+Arrays that are not folded, or have a mask, are packed to rows first, and results taken to where
+they belong: `Elements`.
 """
 
 from collections.abc import Callable, Iterator
@@ -459,9 +460,9 @@ class Functions:
 
 # -- the kernels ----------------------------------------------------------------------------------
 
-# Every argument is a 64-bit integer: addresses, then sizes in elements, then strides in bytes. Blocks
-# count through the tiles of one index of ``outer`` after the other; where a lane is cut, through its
-# chunks first.
+# Every argument is a 64-bit integer: addresses, then sizes in elements, then strides in bytes.
+# Blocks count through the tiles of one index of ``outer`` after the other, and where a lane is cut
+# through its chunks first.
 
 
 def kernel(job: "Job | Elements") -> Callable[..., None]:
@@ -637,6 +638,9 @@ def _apply(job: Job) -> Callable[..., None]:
 # -- one element after the other ------------------------------------------------------------------
 
 
+ONE_BLOCK = Group(1, 256)
+
+
 @dataclass(frozen=True)
 class Elements:
     """A kernel that copies any array to any other, with another dtype, hiding what a mask hides."""
@@ -650,7 +654,7 @@ class Elements:
     native: bool = True  # byte order of the source, and of the result
     result_native: bool = True
     block: int = 256
-    group: Group = Group(1, 256)
+    group: Group = ONE_BLOCK
 
     @property
     def name(self) -> str:

@@ -37,6 +37,9 @@ class Limits:
     # Numbers that a thread may hold: more would not leave registers for what else it needs.
     held_float32: int = 32
     held_float64: int = 16
+    # One of so many threads has but 64 registers, and float64 takes two for each number.
+    crowd: int = 512
+    crowd_float64: int = 8
     # Tiles of longer lanes.
     long_rows: tuple[int, int] = (256, 4)
     long_columns: tuple[int, int] = (32, 4)
@@ -113,7 +116,12 @@ def plan(
     width = VECTOR_BYTES // itemsize
     held = {4: limits.held_float32, 8: limits.held_float64}[compute_itemsize]
     if inner == 1:
-        sizes = [(deep, v) for deep, v in limits.rows if v * width <= held]
+        crowd = {4: held, 8: limits.crowd_float64}[compute_itemsize]
+        sizes = [
+            (deep, v)
+            for deep, v in limits.rows
+            if v * width <= (crowd if deep >= limits.crowd else held)
+        ]
         for deep, vectors in sizes:
             if deep * vectors * width >= n:
                 shape = Plan(True, 1, deep, 1, vectors, width, max(deep, limits.block))
@@ -146,7 +154,7 @@ def _cut(shape: Plan, outer: int, n: int, inner: int, tile: int) -> Plan:
 
 
 def access(width: int, itemsize: int, *bytes_: int) -> int:
-    """How many neighbouring numbers may be read at once, if all these bytes are multiples of them."""
+    """How many neighbouring numbers may be read at once: all these bytes are multiples of them."""
     while width > 1 and any(count % (width * itemsize) for count in bytes_):
         width //= 2
     return width

@@ -1,8 +1,8 @@
 """All that is particular to numba-cuda: registers, memory, exchange between threads; its simulator.
 
-Kernels call functions made by `lifted`. Such a function is Python over ``o``, a machine: its operations
-(`_scalars` says which) and what is below. On a device it runs once, when the kernel is compiled, and
-writes instructions; in Numba's simulator it runs in each thread, on numbers.
+Kernels call functions made by `lifted`. Such a function is Python over ``o``, a machine: its
+operations (`_scalars` says which) and what is below. On a device it runs once, when the kernel is
+compiled, and writes instructions; in Numba's simulator it runs in each thread, on numbers.
 
 Memory is addressed by integers, in bytes. The simulator's device memory is the host's, and what a
 kernel touches there is checked against what it was lent (`lent`).
@@ -121,7 +121,7 @@ class Device(_llvm.Arithmetic):
         return _llvm.Vector(self, b.bitcast(got, self.element))
 
     def reduce(self, group: Group, join: Join, values: list[Value]) -> list[Value]:
-        """The values of all threads that hold the same lanes, joined; each of them gets the same."""
+        """Values joined of all threads that hold the same lanes; each of them gets the same."""
         values = self._butterfly(group.across, group.lanes, join, values)
         if group.warps > 1:
             parts = self._through_block(group, values)
@@ -205,10 +205,6 @@ class Device(_llvm.Arithmetic):
     def cluster_barrier(self) -> None:
         for text in ("arrive.release.aligned", "wait.acquire.aligned"):
             self._assembly(f"barrier.cluster.{text};", "~{memory}", ir.VoidType(), [], True)
-
-    def rank(self) -> ir.Value:
-        """This block's number in its cluster."""
-        return self._assembly("mov.u32 $0, %cluster_ctarank;", "=r", I32, [], False)
 
     # -- memory ---------------------------------------------------------------------------------
 
@@ -348,7 +344,20 @@ def _pattern(form: Format, value: float, bits: int) -> str:
 
 
 class Simulated(_plain.Operations):
-    """A thread of Numba's simulator."""
+    """A thread of Numba's simulator. NumPy's functions for arrays take a microsecond a number."""
+
+    def where(self, condition: Any, a: Value, b: Value) -> Value:
+        if isinstance(condition, np.ndarray):
+            return super().where(condition, a, b)
+        return a if condition else b
+
+    def larger(self, a: Value, b: Value) -> Value:
+        return self.where(a > b, a, b)
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        if self.real.itemsize == 8 or any(isinstance(v, np.ndarray) for v in (a, b, c)):
+            return super().fma(a, b, c)
+        return np.float32(float(a) * float(b) + float(c))
 
     def reduce(self, group: Group, join: Join, values: list[Value]) -> list[Value]:
         """As the device's, from the values of all threads at once."""
@@ -372,9 +381,6 @@ class Simulated(_plain.Operations):
 
     def cluster_barrier(self) -> None:
         threading.current_thread().syncthreads()  # type: ignore[attr-defined]
-
-    def rank(self) -> int:
-        return int(threading.current_thread().threadIdx.y)  # type: ignore[attr-defined]
 
     def all_of(self, conditions: Sequence[bool]) -> bool:
         return all(conditions)
@@ -461,8 +467,8 @@ def lifted(
 ) -> Callable[..., Any]:
     """A function ``(o, ...)`` for kernels to call, without the ``o``.
 
-    Its arguments are integers and tuples of numbers or integers (lists for the function); it returns
-    so many numbers, as a tuple, or nothing.
+    Its arguments are integers and tuples of numbers or integers (lists for the function); it
+    returns so many numbers, as a tuple, or nothing.
     """
     if SIMULATED:
         return _in_simulator(function, _simulated(real))

@@ -1,4 +1,4 @@
-"""The CUDA backend: fold, plan, launch; packing of what does not fold. Nothing here synchronises."""
+"""The CUDA backend: fold, plan, launch; packing of what does not fold. It never synchronises."""
 
 import contextlib
 import functools
@@ -256,8 +256,8 @@ class _Request:
     def _fill(
         self, to: View, signs: View | None, mask: View | None, weights: View | None, signed: bool
     ) -> None:
-        a, op, size = self.a, self.op, _arrays.size_of(self.shape)
-        if not size:
+        a = self.a
+        if not _arrays.size_of(self.shape):
             return
         if not a.size:
             self._constant(to, -INFINITY)
@@ -268,9 +268,9 @@ class _Request:
             self._weighted(to, signs, mask, weights)
             return
         apart = _apart(a, to) or (replace(a, writable=True) == replace(to, stream=a.stream))
-        if mask is None and apart and a.native and to.native:
-            if a.format == self.result == to.format and self._direct(a, to):
-                return
+        native = a.native and to.native and a.format == self.result == to.format
+        if mask is None and apart and native and self._direct(a, to):
+            return
         self._packed(to, mask)
 
     def _direct(self, a: View, to: View) -> bool:

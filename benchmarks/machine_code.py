@@ -1,0 +1,181 @@
+"""The machine code of the CUDA kernels: compiled for every architecture, counted, held to bounds.
+
+python benchmarks/machine_code.py                  # the table; exit status 1 if a bound is broken
+python benchmarks/machine_code.py --keep cubins    # leaves the machine code there too
+python benchmarks/machine_code.py --architectures 90
+
+Needs no driver and no device; the packages are those of the extras cu12 and cu13, and
+nvidia-cuda-nvdisasm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from cuda.pathfinder import find_nvidia_binary_utility
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from nbsoftmax.cuda import _compile, _kernels, _run
+from nbsoftmax.cuda._kernels import Elements, Job
+
+ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
+
+# Arrays that meet each regime: op, dtype, shape folded to (outer, n, inner). What a call on such an
+# array launches is what is compiled here.
+ROWS = (10, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 131072, 10**6)
+CASES: tuple[tuple[str, str, tuple[int, int, int]], ...] = (
+    *(("softmax", "float32", (4096, n, 1)) for n in ROWS),
+    *(("softmax", dtype, (4096, n, 1)) for dtype in ("float16", "bfloat16") for n in (1024, 32768)),
+    *(("softmax", "float64", (4096, n, 1)) for n in (256, 1024, 8192, 16384)),
+    ("softmax", "float32", (1, 2**26, 1)),
+    *(("log_softmax", "float32", (4096, n, 1)) for n in (256, 4096, 32768)),
+    ("log_softmax", "float64", (4096, 4096, 1)),
+    *(("logsumexp", "float32", (4096, n, 1)) for n in (10, 256, 4096, 32768, 131072)),
+    ("logsumexp", "float32", (1, 2**26, 1)),
+    *(("logsumexp", dtype, (4096, 4096, 1)) for dtype in ("float64", "bfloat16")),
+    ("softmax", "float32", (4096, 1021, 1)),  # rows that begin anywhere
+    *(("softmax", "float32", (64, n, 1024)) for n in (3, 16, 64, 256, 512, 4096)),
+    *(("softmax", dtype, (64, 64, 1024)) for dtype in ("float64", "bfloat16")),
+    ("softmax", "float32", (1024, 64, 250)),
+    *(("logsumexp", "float32", (64, n, 1024)) for n in (64, 4096)),
+)
+ELEMENTS = (
+    Elements("int64", "float64", 2),
+    Elements("float32", "float32", 3, "bool", 0.0, -float("inf")),
+    Elements("float64", "bfloat16", 2),
+    Elements("float32", "float32", 1, native=False),
+)
+DOUBLE = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)|F2F\.F64|MUFU\.\w+64H")
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a cubin holds."""
+
+    registers: int
+    spilled: int  # bytes
+    local: int  # loads and stores
+    wide_loads: int  # of 128 bits
+    wide_stores: int
+    doubles: int
+    instructions: int
+
+
+def jobs() -> list[Job | Elements]:
+    """The kernels of all cases, each once."""
+    found: dict[Job | Elements, None] = {}
+    for op, dtype, shape in CASES:
+        size = _kernels.FORMATS[dtype].itemsize
+        outer, n, inner = shape
+        strides = n * inner * size, inner * size, size
+        call = _run._call(op, shape, strides, dtype, 1, False, 0, None, 0, True)
+        if call is None:
+            raise ValueError(f"no kernel takes {shape} as it lies")
+        found.update(dict.fromkeys(step.job for step in call.steps))
+    row = _run._call("logsumexp", (9, 99), (792, 8), "float64", 1, False, 0, None, 0, True, True)
+    assert row is not None
+    found.update(dict.fromkeys(step.job for step in row.steps))
+    return [*found, *ELEMENTS]
+
+
+def read(job: Job | Elements, architecture: tuple[int, int], keep: Path) -> Code:
+    """Compile a kernel and count what its machine code holds."""
+    cubin, said = _compile.compile_(job, architecture, report=True)
+    file = keep / f"{job.name}.sm{architecture[0]}{architecture[1]}.cubin"
+    file.write_bytes(cubin)
+    disassembler = find_nvidia_binary_utility("nvdisasm")
+    if disassembler is None:
+        raise SystemExit("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
+    text = subprocess.run(
+        [disassembler, "-c", file], capture_output=True, text=True, check=True
+    ).stdout
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
+    count = Counter(lines)
+
+    def number(pattern: str) -> int:
+        return sum(n for name, n in count.items() if re.match(pattern, name))
+
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    registers = re.search(r"Used (\d+) registers", said)
+    assert spilled is not None and registers is not None, said
+    return Code(
+        int(registers[1]),
+        int(spilled[1]) + int(spilled[2]),
+        number(r"LDL|STL"),
+        number(r"LDG.*\.128"),
+        number(r"STG.*\.128"),
+        sum(n for name, n in count.items() if DOUBLE.match(name)),
+        sum(n for name, n in count.items() if name != "NOP"),
+    )
+
+
+def broken(job: Job | Elements, code: Code) -> list[str]:
+    """The bounds that a kernel's machine code does not keep."""
+    said = []
+    if code.spilled or code.local:
+        said.append(f"{code.spilled} bytes spilled, {code.local} local accesses")
+    if isinstance(job, Job):
+        real = job.real.itemsize
+        if real == 4 and code.doubles:
+            said.append(f"{code.doubles} float64 instructions for {job.source}")
+        wide = job.access * job.form.itemsize == 16
+        if wide and job.stage != "merge" and code.wide_loads < job.vectors:
+            said.append(f"{code.wide_loads} loads of 128 bits instead of {job.vectors}")
+        writes = job.op != "logsumexp" and job.stage in ("whole", "apply")
+        if writes and wide and code.wide_stores < job.vectors:
+            said.append(f"{code.wide_stores} stores of 128 bits instead of {job.vectors}")
+        # So many threads of a block must fit the registers of a multiprocessor at once.
+        if code.registers * job.block > 65536:
+            said.append(f"{code.registers} registers for {job.block} threads")
+    return said
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keep", type=Path, help="folder for the cubins")
+    parser.add_argument("--architectures", help="such as 80,90", default="")
+    options = parser.parse_args()
+    chosen = ARCHITECTURES
+    if options.architectures:
+        numbers = [int(a) for a in options.architectures.split(",")]
+        chosen = tuple((a // 10, a % 10) for a in numbers)
+    table = Table("kernel", *(f"sm_{a}{b}" for a, b in chosen))
+    failures = []
+    with tempfile.TemporaryDirectory() as scratch:
+        keep = options.keep or Path(scratch)
+        keep.mkdir(parents=True, exist_ok=True)
+        for job in track(jobs(), console=Console(stderr=True), description="compiling"):
+            cells = []
+            for architecture in chosen:
+                clustered = isinstance(job, Job) and job.group.blocks > 1
+                if clustered and architecture < (9, 0):
+                    cells.append("-")
+                    continue
+                code = read(job, architecture, keep)
+                cells.append(
+                    f"{code.registers} r, {code.wide_loads}+{code.wide_stores} wide, "
+                    f"{code.instructions} i"
+                )
+                failures += [
+                    f"{job.name} sm_{architecture[0]}{architecture[1]}: {line}"
+                    for line in broken(job, code)
+                ]
+            table.add_row(job.name, *cells)
+    Console(width=200).print(table)
+    print("r: registers of a thread; wide: loads + stores of 128 bits; i: instructions")
+    for line in failures:
+        print(f"BROKEN {line}")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
