@@ -16,15 +16,16 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from cuda.pathfinder import find_nvidia_binary_utility
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from nbsoftmax.cuda import _compile, _kernels, _run
+from nbsoftmax.cuda._device import CLUSTERS
 from nbsoftmax.cuda._kernels import Elements, Job
 
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
@@ -71,11 +72,11 @@ class Code:
 
 
 def jobs() -> list[Job | Elements]:
-    """The kernels of all cases, each once."""
+    """List the kernels of all cases, each once."""
     found: dict[Job | Elements, None] = {}
     for op, dtype, shape in CASES:
         size = _kernels.FORMATS[dtype].itemsize
-        outer, n, inner = shape
+        _, n, inner = shape
         strides = n * inner * size, inner * size, size
         call = _run._call(op, shape, strides, dtype, 1, False, 0, None, 0, True)
         if call is None:
@@ -106,7 +107,8 @@ def read(job: Job | Elements, architecture: tuple[int, int], keep: Path) -> Code
 
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     registers = re.search(r"Used (\d+) registers", said)
-    assert spilled is not None and registers is not None, said
+    if spilled is None or registers is None:
+        raise RuntimeError(f"the assembler does not say what {job.name} needs: {said}")
     return Code(
         int(registers[1]),
         int(spilled[1]) + int(spilled[2]),
@@ -119,7 +121,7 @@ def read(job: Job | Elements, architecture: tuple[int, int], keep: Path) -> Code
 
 
 def broken(job: Job | Elements, code: Code) -> list[str]:
-    """The bounds that a kernel's machine code does not keep."""
+    """Say which bounds a kernel's machine code does not keep."""
     said = []
     if code.spilled or code.local:
         said.append(f"{code.spilled} bytes spilled, {code.local} local accesses")
@@ -139,7 +141,18 @@ def broken(job: Job | Elements, code: Code) -> list[str]:
     return said
 
 
+def column(architecture: tuple[int, int], keep: Path) -> list[Code | None]:
+    """Compile all kernels for one architecture; None for those that it cannot run."""
+    return [
+        None
+        if isinstance(job, Job) and job.group.blocks > 1 and architecture < CLUSTERS
+        else read(job, architecture, keep)
+        for job in jobs()
+    ]
+
+
 def main() -> int:
+    """Print the table, and which bounds are broken."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=Path, help="folder for the cubins")
     parser.add_argument("--architectures", help="such as 80,90", default="")
@@ -148,28 +161,23 @@ def main() -> int:
     if options.architectures:
         numbers = [int(a) for a in options.architectures.split(",")]
         chosen = tuple((a // 10, a % 10) for a in numbers)
-    table = Table("kernel", *(f"sm_{a}{b}" for a, b in chosen))
-    failures = []
-    with tempfile.TemporaryDirectory() as scratch:
+    names = [f"sm_{major}{minor}" for major, minor in chosen]
+    table = Table("kernel", *names)
+    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor() as processes:
         keep = options.keep or Path(scratch)
         keep.mkdir(parents=True, exist_ok=True)
-        for job in track(jobs(), console=Console(stderr=True), description="compiling"):
-            cells = []
-            for architecture in chosen:
-                clustered = isinstance(job, Job) and job.group.blocks > 1
-                if clustered and architecture < (9, 0):
-                    cells.append("-")
-                    continue
-                code = read(job, architecture, keep)
-                cells.append(
-                    f"{code.registers} r, {code.wide_loads}+{code.wide_stores} wide, "
-                    f"{code.instructions} i"
-                )
-                failures += [
-                    f"{job.name} sm_{architecture[0]}{architecture[1]}: {line}"
-                    for line in broken(job, code)
-                ]
-            table.add_row(job.name, *cells)
+        columns = list(processes.map(column, chosen, [keep] * len(chosen)))
+    failures = []
+    for job, *codes in zip(jobs(), *columns, strict=True):
+        cells = []
+        for name, code in zip(names, codes, strict=True):
+            if code is None:
+                cells.append("-")
+                continue
+            wide = f"{code.wide_loads}+{code.wide_stores} wide"
+            cells.append(f"{code.registers} r, {wide}, {code.instructions} i")
+            failures += [f"{job.name} {name}: {line}" for line in broken(job, code)]
+        table.add_row(job.name, *cells)
     Console(width=200).print(table)
     print("r: registers of a thread; wide: loads + stores of 128 bits; i: instructions")
     for line in failures:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ._backends import run
+from ._backends import serving
 from ._semantics import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 
 
@@ -80,7 +80,7 @@ def softmax(
     >>> softmax(np.array([1, 1, 7]), where=[True, True, False])
     array([0.5, 0.5, 0. ])
     """
-    return run(SOFTMAX, x, axis, where, out, dtype, stream=stream)
+    return serving(x, stream)(SOFTMAX, x, axis, where, out, dtype)
 
 
 def log_softmax(
@@ -140,7 +140,7 @@ def log_softmax(
     >>> log_softmax(np.array([40.0, 0.0]))
     array([-4.24835426e-18, -4.00000000e+01])
     """
-    return run(LOG_SOFTMAX, x, axis, where, out, dtype, stream=stream)
+    return serving(x, stream)(LOG_SOFTMAX, x, axis, where, out, dtype)
 
 
 def logsumexp(
@@ -222,14 +222,13 @@ def logsumexp(
     >>> float(value), float(sign)
     (1.5413248546129181, -1.0)
     """
-    return run(
+    return serving(a, stream)(
         LOGSUMEXP,
         a,
         axis,
         where,
         out,
         dtype,
-        stream=stream,
         b=b,
         keepdims=keepdims,
         return_sign=return_sign,

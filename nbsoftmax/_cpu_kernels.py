@@ -816,7 +816,8 @@ class SumOfOthers(Sum):
         if k.along:
             self.count[0].set(o.sum_of_elements(self.count[0].get(), o.const(0.0))[0])
         with k.each_set(self.m, self.count, self.s, self.c) as (_, (m, count, s, c)):
-            rest = _scalars.with_equals(o, m.get(), count.get(), s.get(), c.get())
+            join = _scalars.with_largest if k.job.weighted else _scalars.with_equals
+            rest = join(o, m.get(), count.get(), s.get(), c.get())
             s.set(rest[0])
             c.set(rest[1])
 

@@ -73,7 +73,10 @@ def sum_pairs(s: Array, c: Array) -> tuple[Array, Array]:
 
 
 def pairs(o: Operations, x: Array, weights: Array | None = None) -> tuple[Array, Array, Array]:
-    """M and the two parts of the sum of all terms but one largest, for every row."""
+    """M and the two parts of the sum of all terms but one largest, for every row.
+
+    With weights, of all terms.
+    """
     m = x.max(axis=1, initial=-np.inf, where=~np.isnan(x))
     by = _scalars.scale(o, m[:, None])
     one = np.ones_like(x) if weights is None else weights
@@ -81,8 +84,9 @@ def pairs(o: Operations, x: Array, weights: Array | None = None) -> tuple[Array,
     near = _scalars.shifted(o, x, m[:, None], by)
     terms = _scalars.exp_two_parts(o, near, by, o.const(0.0), largest, one)
     s, c = sum_pairs(*terms)
-    s, c = _scalars.with_equals(o, m, (largest * one).sum(axis=1), s, c)
-    return m, s, c
+    count = (largest * one).sum(axis=1)
+    join = _scalars.with_equals if weights is None else _scalars.with_largest
+    return m, *join(o, m, count, s, c)
 
 
 def run(op: str, rows: Array) -> Array:

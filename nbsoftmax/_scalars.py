@@ -247,11 +247,15 @@ def with_equals(o: Operations, m: Value, count: Value, s: Value, c: Value) -> tu
 
     0 for an infinite m, unless the lane holds a NaN.
     """
-    term, _ = largest(o, m)
-    others = count - o.const(1.0)
-    product = others * term
-    rest = o.fma(others, term, o.const(0.0) - product)
-    total, c = add(product, c + rest, s)
+    return with_largest(o, m, count - o.const(1.0), s, c)
+
+
+def with_largest(o: Operations, m: Value, times: Value, s: Value, c: Value) -> tuple[Value, Value]:
+    """The sum s + c and so many times the largest term; 0 for an infinite m, NaN for a NaN."""
+    term, low = largest(o, m)
+    product = times * term
+    rest = o.fma(times, term, o.const(0.0) - product)
+    total, c = add(product, o.fma(times, low, c + rest), s)
     infinite = _without_terms(o, m, s)
     zero = o.const(0.0)
     return o.where(infinite, zero, total), o.where(infinite, zero, c)
@@ -301,12 +305,24 @@ def log1p(o: Operations, y: Value, y_low: Value) -> tuple[Value, Value]:
 
     With ``1 + y = 2^k (1 + f)``: ``k ln 2 + f - (f^2/2 - z (f^2/2 + R(z)))``, ``z = f / (2 + f)``.
     """
-    real = o.real
     u, rest = two_sum(o.const(1.0), y)
-    k, fraction = o.split_exponent(u)  # fraction in [sqrt(1/2), sqrt(2))
+    k, fraction = o.split_exponent(u)
     near = k == o.const(0.0)
     f = o.where(near, y, fraction - o.const(1.0))
     rest = o.where(near, y_low, o.times_power_of_two(rest + y_low, o.const(0.0) - k))
+    return _log(o, k, f, rest)
+
+
+def log(o: Operations, u: Value, u_low: Value) -> tuple[Value, Value]:
+    """``log(u + u_low)`` for a positive normal u in two parts; absolute error below 1 ulp of 1."""
+    k, fraction = o.split_exponent(u)
+    rest = o.times_power_of_two(u_low, o.const(0.0) - k)
+    return _log(o, k, fraction - o.const(1.0), rest)
+
+
+def _log(o: Operations, k: Value, f: Value, rest: Value) -> tuple[Value, Value]:
+    """``log 2^k (1 + f + rest)`` for ``1 + f`` in [sqrt(1/2), sqrt(2)) in two parts."""
+    real = o.real
     half_square = o.const(0.5) * f * f
     z = f / (o.const(2.0) + f)
     square = z * z
@@ -340,16 +356,21 @@ def logsumexp(o: Operations, m: Value, s: Value, c: Value) -> Value:
 
 
 def log_weighted(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
-    """``log |sum|`` and the sign of a pair's weighted sum; its maximum and weights are finite."""
+    """``log |sum|`` and the sign of a lane's weighted sum, all terms in s + c; m is finite."""
     zero, one = o.const(0.0), o.const(1.0)
-    # The sum over the largest term is 1 + y. The logarithm wants its magnitude less 1.
-    y, y_low = ratio_to_largest(o, m, s, c)
-    total = (one + y) + y_low
-    mirrored, rest = two_sum(o.const(-2.0), zero - y)
-    negative = total < zero
-    log, low = log1p(o, o.where(negative, mirrored, y), o.where(negative, rest - y_low, y_low))
-    high, rest = two_sum(m, log)
-    empty = total == zero
-    value = o.where(empty, o.const(-float("inf")), high + (rest + low))
+    total = s + c
+    negative, empty = total < zero, total == zero
+    s, c = o.where(negative, zero - s, s), o.where(negative, zero - c, c)
+    u, low = ratio_to_largest(o, m, s, c)
+    # Weights may make it less than a normal number.
+    power = o.real.one_exponent // 2
+    tiny = u < o.const(2.0 ** (2 - o.real.one_exponent + 1))
+    more = o.const(2.0**power)
+    high, rest = log(o, o.where(tiny, u * more, u), o.where(tiny, low * more, low))
+    shift = o.where(tiny, o.const(-float(power)), zero)
+    rest = o.fma(shift, o.const(o.real.ln2_rest), rest)
+    high, lost = two_sum(o.fma(shift, o.const(o.real.ln2_short), high), rest)
+    value, rest = two_sum(m, high)
+    value = o.where(empty, o.const(-float("inf")), value + (rest + lost))
     sign = o.where(negative, o.const(-1.0), o.where(empty, zero, one))
     return value, o.where(total == total, sign, total)

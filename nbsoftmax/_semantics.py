@@ -10,6 +10,7 @@ SOFTMAX, LOG_SOFTMAX, LOGSUMEXP = "softmax", "log_softmax", "logsumexp"
 
 Array = np.ndarray[Any, Any]
 FLOATS = ("float16", "float32", "float64")
+DLPACK_CUDA = (2, 13)  # its numbers for CUDA's memory, and what CUDA manages
 
 
 def normalize_axis(axis: Any, ndim: int) -> tuple[int, ...]:
@@ -56,12 +57,24 @@ def chosen_dtype(dtype: Any) -> np.dtype[Any]:
     return chosen
 
 
+def on_cuda(array: Any) -> bool:
+    """Whether an array lies on a CUDA device, whatever library made it."""
+    if type(array).__module__.partition(".")[0] == "torch":
+        return bool(array.is_cuda)  # whose interface raises where a gradient is required
+    if hasattr(array, "__cuda_array_interface__") or hasattr(array, "__cuda_ndarray__"):
+        return True
+    device = getattr(array, "__dlpack_device__", None)
+    return device is not None and device()[0] in DLPACK_CUDA
+
+
 def as_array(value: Any, name: str) -> Array:
-    """The argument as a plain array."""
+    """The argument as a plain array of the host."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a masked array, whose mask would be lost: pass {name}.data and where=~mask"
         )
+    if not isinstance(value, np.ndarray) and on_cuda(value):
+        raise TypeError(f"{name} lies on a CUDA device, but the input does not")
     try:
         return np.asarray(value)
     except ValueError as error:

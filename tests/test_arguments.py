@@ -27,10 +27,10 @@ def result_shape(op, shape, axis, keepdims=False):
 
 
 def test_signatures_are_the_contracts():
-    softmax = "(x, axis=None, *, where=None, out=None, dtype=None)"
+    softmax = "(x, axis=None, *, where=None, out=None, dtype=None, stream=None)"
     logsumexp = (
         "(a, axis=None, b=None, keepdims=False, return_sign=False, "
-        "*, where=None, out=None, dtype=None)"
+        "*, where=None, out=None, dtype=None, stream=None)"
     )
     expected = {"softmax": softmax, "log_softmax": softmax, "logsumexp": logsumexp}
     for op, text in expected.items():

@@ -30,8 +30,21 @@ LAYERS: dict[str, set[str]] = {
         *("_cpu_kernels", "_formats", "_handover", "_plain", "_plan", "_pool"),
         *("_scalars", "_semantics"),
     },
-    "_api": {"_cpu", "_semantics"},
+    "_backends": {"_cpu", "_semantics", "cuda._run"},
+    "_api": {"_backends", "_semantics"},
     "__init__": {"_api"},
+    # Arrays on a CUDA device: loaded by the first one.
+    "cuda.__init__": set(),
+    "cuda._plan": {"_semantics"},
+    "cuda._prims": {"_formats", "_llvm", "_plain", "_scalars"},
+    "cuda._kernels": {"_formats", "_scalars", "_semantics", "cuda._prims"},
+    "cuda._compile": {"cuda._kernels"},
+    "cuda._arrays": {"_formats", "_semantics", "cuda._prims"},
+    "cuda._device": {"cuda._arrays", "cuda._compile", "cuda._kernels", "cuda._prims"},
+    "cuda._run": {
+        *("_formats", "_semantics", "cuda._arrays", "cuda._device", "cuda._kernels", "cuda._plan"),
+        "cuda._prims",
+    },
     # The programme that checks and times a machine.
     "_machine": {"__init__", "_pool"},
     "_check": {"__init__"},
@@ -92,7 +105,7 @@ def test_layers_have_no_ghosts_and_no_circles():
         placed |= free
 
 
-@pytest.mark.parametrize("name", ["_semantics", "_plan"])
+@pytest.mark.parametrize("name", ["_semantics", "_plan", "cuda._plan"])
 def test_pure_modules_do_not_know_numba(name):
     tree = ast.parse(sources()[name].read_text())
     modules = {

@@ -7,33 +7,29 @@ are `DeviceArray`.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._backends import on_cuda
 from .._formats import FORMATS
+from .._semantics import on_cuda
 from ._prims import SIMULATED
 
 LEGACY, PER_THREAD = 1, 2  # streams that have a number instead of an address
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """An array on a device. Strides are in bytes."""
 
     address: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     format: str
+    itemsize: int
     device: int | None  # None: where its memory lies is for the driver to say
     stream: int | None  # on which its contents are made; None: it does not say
-    writable: bool
+    writable: bool = True
     native: bool = True  # byte order
-
-    @property
-    def itemsize(self) -> int:
-        return FORMATS[self.format].itemsize
 
     @property
     def size(self) -> int:
@@ -42,24 +38,35 @@ class View:
     @property
     def extent(self) -> tuple[int, int]:
         """First byte, and byte after the last."""
-        if not self.size:
-            return self.address, self.address
-        ends = [(n - 1) * step for n, step in zip(self.shape, self.strides, strict=True)]
-        low = self.address + sum(end for end in ends if end < 0)
-        return low, self.address + sum(end for end in ends if end > 0) + self.itemsize
+        low, high = _span(self.shape, self.strides, self.itemsize)
+        return self.address + low, self.address + high
+
+
+@functools.lru_cache(maxsize=1024)
+def _span(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """`View.extent` of an array at 0."""
+    if 0 in shape:
+        return 0, 0
+    ends = [(n - 1) * step for n, step in zip(shape, strides, strict=True)]
+    low = sum(end for end in ends if end < 0)
+    return low, sum(end for end in ends if end > 0) + itemsize
 
 
 def size_of(shape: tuple[int, ...]) -> int:
+    """How many elements an array has."""
     size = 1
     for n in shape:
         size *= n
     return size
 
 
-def contiguous(shape: tuple[int, ...], order: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=1024)
+def contiguous(
+    shape: tuple[int, ...], order: tuple[int, ...] | None, itemsize: int
+) -> tuple[int, ...]:
     """Strides of memory without gaps, its axes in ``order``, slowest first."""
     strides, step = [0] * len(shape), itemsize
-    for axis in reversed(order):
+    for axis in reversed(range(len(shape)) if order is None else order):
         strides[axis] = step
         step *= shape[axis]
     return tuple(strides)
@@ -69,9 +76,12 @@ def contiguous(shape: tuple[int, ...], order: tuple[int, ...], itemsize: int) ->
 class Kind:
     """How one library's arrays are looked at and made."""
 
-    view: Callable[[Any, str], View]
-    # (like, shape, format, order of its axes from the slowest on, stream)
-    new: Callable[[Any, tuple[int, ...], str, tuple[int, ...], int | None], Any]
+    # (array, name of the argument, stream that is going to read it)
+    view: Callable[[Any, str, int], View]
+    # (like, shape, format, order of its axes from the slowest on, `_device.Device`)
+    new: Callable[[Any, tuple[int, ...], str, tuple[int, ...], Any], Any]
+    # of what `new` made
+    address: Callable[[Any], int]
 
 
 def kind_of(array: Any) -> Kind:
@@ -82,52 +92,61 @@ def kind_of(array: Any) -> Kind:
 @functools.cache
 def _kind_of_module(module: str) -> Kind:
     return {
-        "numba": Kind(_numba_view, _numba_new),
-        "torch": Kind(_torch_view, _torch_new),
-        "cupy": Kind(_interface_view, _cupy_new),
-        "jax": Kind(_dlpack_view, _jax_new),
-        "jaxlib": Kind(_dlpack_view, _jax_new),
-    }.get(module, Kind(_interface_view, _other_new))
+        "numba": Kind(_numba_view, _numba_new, _interface_address),
+        "torch": Kind(_torch_view, _torch_new, lambda tensor: int(tensor.data_ptr())),
+        "cupy": Kind(_interface_view, _cupy_new, _interface_address),
+        "jax": Kind(_dlpack_view, _jax_new, _own_address),
+        "jaxlib": Kind(_dlpack_view, _jax_new, _own_address),
+    }.get(module, Kind(_interface_view, _other_new, _own_address))
 
 
-def view(array: Any, name: str) -> View:
-    """An argument as an array on a device."""
+def view(array: Any, name: str, stream: int = LEGACY) -> View:
+    """An argument as an array on a device, ready for a stream to use it."""
     try:
-        return kind_of(array).view(array, name)
+        seen = kind_of(array).view(array, name, stream)
     except (AttributeError, BufferError, NotImplementedError) as error:
         raise TypeError(
             f"{name} must be an array on a CUDA device, as the others are, not "
             f"{type(array).__name__}: {error}"
         ) from None
+    if _off_its_multiples(seen.address % 16, seen.strides, seen.itemsize):
+        raise ValueError(
+            f"{name} must lie on multiples of its {seen.itemsize} bytes, not at "
+            f"{seen.address:#x} with the strides {seen.strides}"
+        )
+    return seen
+
+
+@functools.lru_cache(maxsize=1024)
+def _off_its_multiples(at: int, strides: tuple[int, ...], itemsize: int) -> bool:
+    return any(count % itemsize for count in (at, *strides))
 
 
 # -- __cuda_array_interface__ ---------------------------------------------------------------------
 
 
-def _interface_view(array: Any, name: str) -> View:
-    if not hasattr(array, "__cuda_array_interface__"):
-        return _dlpack_view(array, name)
-    interface = array.__cuda_array_interface__
+def _interface_view(array: Any, name: str, stream: int) -> View:
+    interface = getattr(array, "__cuda_array_interface__", None)
+    if interface is None:
+        return _dlpack_view(array, name, stream)
     if interface.get("mask") is not None:
         raise TypeError(f"{name} is masked, and its mask would be lost: pass where=")
-    dtype = np.dtype(interface["typestr"])
-    if len(interface.get("descr") or ()) > 1:
-        dtype = np.dtype(interface["descr"])
+    format_, itemsize, native = _typestr(interface["typestr"], name)
     shape = tuple(interface["shape"])
     address, readonly = interface["data"]
     strides = interface.get("strides")
+    strides = contiguous(shape, None, itemsize) if strides is None else tuple(strides)
+    carried = interface.get("stream")
     return View(
-        address or 0,
-        shape,
-        contiguous(shape, tuple(range(len(shape))), dtype.itemsize)
-        if strides is None
-        else tuple(strides),
-        _format(dtype, name),
-        None,
-        interface.get("stream"),
-        not readonly,
-        dtype.isnative,
+        address or 0, shape, strides, format_, itemsize, None, carried, not readonly, native
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _typestr(typestr: str, name: str) -> tuple[str, int, bool]:
+    """The format in which an argument lies in memory, its itemsize, whether in native order."""
+    dtype = np.dtype(typestr)
+    return _format(dtype, name), dtype.itemsize, dtype.isnative
 
 
 def _format(dtype: np.dtype[Any], name: str) -> str:
@@ -140,38 +159,41 @@ def _format(dtype: np.dtype[Any], name: str) -> str:
     raise TypeError(f"{name} must hold numbers, not dtype {dtype}")
 
 
+def _interface_address(array: Any) -> int:
+    if SIMULATED:
+        return int(array._ary.__array_interface__["data"][0])
+    return int(array.__cuda_array_interface__["data"][0] or 0)
+
+
 # -- DLPack ---------------------------------------------------------------------------------------
 
 
-def _dlpack_view(array: Any, name: str) -> View:
+def _dlpack_view(array: Any, name: str, stream: int) -> View:
     from cuda.core.utils import StridedMemoryView
 
     if not on_cuda(array):
         raise AttributeError("no device memory")
     try:
-        seen = StridedMemoryView.from_dlpack(array, stream_ptr=-1)
+        seen = StridedMemoryView.from_dlpack(array, stream_ptr=stream)
     except NotImplementedError as error:
         raise TypeError(f"{name} has a dtype that is not supported: {error}") from None
     itemsize = seen.dtype.itemsize
     shape = tuple(seen.shape)
     steps = seen.strides
-    return View(
-        seen.ptr,
-        shape,
-        contiguous(shape, tuple(range(len(shape))), itemsize)
+    strides = (
+        contiguous(shape, None, itemsize)
         if steps is None
-        else tuple(step * itemsize for step in steps),
-        _format(np.dtype(seen.dtype), name),
-        seen.device_id,
-        None,
-        not seen.readonly,
+        else tuple(step * itemsize for step in steps)
     )
+    format_ = _format(np.dtype(seen.dtype), name)
+    writable = not seen.readonly
+    return View(seen.ptr, shape, strides, format_, itemsize, seen.device_id, None, writable)
 
 
 # -- PyTorch --------------------------------------------------------------------------------------
 
 
-def _torch_view(tensor: Any, name: str) -> View:
+def _torch_view(tensor: Any, name: str, reader: int) -> View:
     import torch
 
     if not tensor.is_cuda:
@@ -186,11 +208,11 @@ def _torch_view(tensor: Any, name: str) -> View:
     stream = torch.cuda.current_stream(device).cuda_stream
     strides = tuple(step * itemsize for step in tensor.stride())
     shape = tuple(tensor.shape)
-    return View(tensor.data_ptr(), shape, strides, format_, device, stream or LEGACY, True)
+    return View(tensor.data_ptr(), shape, strides, format_, itemsize, device, stream or LEGACY)
 
 
 def _torch_new(
-    like: Any, shape: tuple[int, ...], format_: str, order: tuple[int, ...], stream: int | None
+    like: Any, shape: tuple[int, ...], format_: str, order: tuple[int, ...], device: Any
 ) -> Any:
     import torch
 
@@ -203,7 +225,7 @@ def _torch_new(
 
 
 def _cupy_new(
-    like: Any, shape: tuple[int, ...], format_: str, order: tuple[int, ...], stream: int | None
+    like: Any, shape: tuple[int, ...], format_: str, order: tuple[int, ...], device: Any
 ) -> Any:
     import cupy
 
@@ -213,9 +235,9 @@ def _cupy_new(
 
 
 def _jax_new(
-    like: Any, shape: tuple[int, ...], format_: str, order: tuple[int, ...], stream: int | None
+    like: Any, shape: tuple[int, ...], format_: str, order: tuple[int, ...], device: Any
 ) -> Any:
-    made = _other_new(like, shape, format_, tuple(range(len(shape))), stream)
+    made = _other_new(like, shape, format_, tuple(range(len(shape))), device)
     made.library = "jax"
     return made
 
@@ -229,6 +251,7 @@ def delivered(array: Any) -> Any:
     return jax.dlpack.from_dlpack(array)
 
 
+@functools.cache
 def _dtype(format_: str) -> np.dtype[Any]:
     if format_ == "bfloat16":
         import ml_dtypes
@@ -253,9 +276,9 @@ class DeviceArray:
         shape: tuple[int, ...],
         strides: tuple[int, ...],
         format_: str,
-        stream: int,
+        device: Any,
     ) -> None:
-        self.buffer, self.shape, self.strides, self.stream = buffer, shape, strides, stream
+        self.buffer, self.shape, self.strides, self.device = buffer, shape, strides, device
         self.dtype = _dtype(format_)
         self.library: str | None = None
 
@@ -267,8 +290,8 @@ class DeviceArray:
             "shape": self.shape,
             "strides": self.strides,
             "typestr": self.dtype.str,
-            "data": (int(self.buffer.handle), False),
-            "stream": self.stream,
+            "data": (_own_address(self), False),
+            "stream": self.device.stream_number,
             "version": 3,
         }
 
@@ -278,41 +301,45 @@ class DeviceArray:
         steps = tuple(step // self.dtype.itemsize for step in self.strides)
         return StridedMemoryView.from_buffer(self.buffer, self.shape, steps, dtype=self.dtype)
 
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._view().__dlpack__(**options)
+    def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
+        taker = LEGACY if stream is None else stream
+        if taker not in (-1, self.device.stream_number):
+            self.device.order(taker)
+        return self._view().__dlpack__(stream=-1, **options)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, self.buffer.device_id  # DLPack's number for CUDA
 
 
 def _other_new(
-    like: Any, shape: tuple[int, ...], format_: str, order: tuple[int, ...], stream: int | None
+    like: Any, shape: tuple[int, ...], format_: str, order: tuple[int, ...], device: Any
 ) -> Any:
-    from . import _device
-
     itemsize = FORMATS[format_].itemsize
-    at = _device.of(view(like, "x"), stream)
-    buffer = at.memory(size_of(shape) * itemsize)
-    return DeviceArray(buffer, shape, contiguous(shape, order, itemsize), format_, at.stream_number)
+    buffer = device.memory(max(1, size_of(shape) * itemsize))
+    return DeviceArray(buffer, shape, contiguous(shape, order, itemsize), format_, device)
+
+
+def _own_address(array: DeviceArray) -> int:
+    return int(array.buffer.handle) if size_of(array.shape) else 0
 
 
 # -- Numba's arrays, the simulator's among them ---------------------------------------------------
 
 
-def _numba_view(array: Any, name: str) -> View:
+def _numba_view(array: Any, name: str, stream: int) -> View:
     if not getattr(array, "__cuda_ndarray__", False):
         raise AttributeError("it lies on no device")
     if not SIMULATED:
-        return _interface_view(array, name)
+        return _interface_view(array, name, stream)
     held = array._ary
     place = held.__array_interface__["data"][0]
     format_, writable = _format(held.dtype, name), held.flags.writeable
     native = held.dtype.isnative
-    return View(place, held.shape, held.strides, format_, 0, None, writable, native)
+    return View(place, held.shape, held.strides, format_, held.itemsize, 0, None, writable, native)
 
 
 def _numba_new(
-    like: Any, shape: tuple[int, ...], format_: str, order: tuple[int, ...], stream: int | None
+    like: Any, shape: tuple[int, ...], format_: str, order: tuple[int, ...], device: Any
 ) -> Any:
     from numba import cuda
 
@@ -321,5 +348,6 @@ def _numba_new(
         base = np.empty([shape[i] for i in order], dtype)
         return type(like)(base.transpose([order.index(i) for i in range(len(shape))]))
     strides = contiguous(shape, order, dtype.itemsize)
-    on = cuda.external_stream(stream) if stream and stream > PER_THREAD else 0
+    stream = device.stream_number
+    on = cuda.external_stream(stream) if stream > PER_THREAD else 0
     return cuda.device_array(shape, dtype, strides=strides, stream=on)

@@ -30,7 +30,7 @@ def cubin(job: Job | Elements, architecture: Architecture) -> Cubin:
     key = f"{job.name}_sm{architecture[0]}{architecture[1]}_{_stamp()}"
     cache = _cache()
     code = None if cache is None else cache.get(key)
-    if code is None:
+    if code is None or not _complete(code):
         code = compile_(job, architecture)[0]
         if cache is not None:
             with contextlib.suppress(OSError):  # a full disk is no reason to fail
@@ -126,3 +126,13 @@ def _symbol(code: bytes) -> bytes:
     if len(names) != 1:
         raise RuntimeError(f"a cubin with the kernels {sorted(names)} instead of one")
     return bytes(names.pop())
+
+
+def _complete(code: bytes) -> bool:
+    """Whether all of a file's sections are there; they are listed at its end."""
+    if len(code) < 64 or not code.startswith(b"\x7fELF"):
+        return False
+    start, size, count = (
+        int.from_bytes(code[i:j], "little") for i, j in ((40, 48), (58, 60), (60, 62))
+    )
+    return start + size * count <= len(code)

@@ -22,31 +22,56 @@ class Device:
     def __init__(self, number: int, stream_number: int) -> None:
         self.number, self.stream_number = number, stream_number
         self._core = _core_device(number)
-        self.stream = _stream(number, stream_number)
+        self.stream = _stream(stream_number)
         self.architecture = tuple(self._core.compute_capability)
+        self.clusters = self.architecture >= CLUSTERS
+        self._context = int(_context(number))
+        self._pool = self._core.memory_resource
 
-    @property
-    def clusters(self) -> bool:
-        return self.architecture >= CLUSTERS
+    def enter(self) -> bool:
+        """Make this device the thread's current one, if it is not; whether it was not.
+
+        A stream that is a number is one of the current device.
+        """
+        if int(driver().cuCtxGetCurrent()[1]) == self._context:
+            return False
+        driver().cuCtxPushCurrent(_context(self.number))
+        return True
+
+    def leave(self) -> None:
+        """Undo `enter`."""
+        driver().cuCtxPopCurrent()
 
     def memory(self, size: int) -> Any:
         """A buffer from the device's pool, made and freed in the order of the stream."""
-        return self._core.memory_resource.allocate(size, stream=self.stream)
+        return self._pool.allocate(size, stream=self.stream)
 
-    def launch(
-        self, job: Job | Elements, units: int, arguments: Sequence[int], extents: object = None
-    ) -> None:
-        """Queue a kernel with so many blocks, or clusters of them."""
-        from cuda.core import launch
+    def lend(self, *views: View) -> None:
+        """Nothing to do: the driver knows what memory a kernel may touch."""
 
-        launch(self.stream, _config(job, units), _loaded(job, self.number), *arguments)
+    def prepared(self, job: Job | Elements, units: int) -> tuple[Any, Any]:
+        """A kernel on this device, to be launched with so many blocks, or clusters of them."""
+        return _config(job, units), _loaded(job, self.number)
+
+    def launch(self, prepared: tuple[Any, Any], arguments: Sequence[int]) -> None:
+        """Queue a kernel."""
+        _launcher()(self.stream, *prepared, *arguments)
+
+    def order(self, stream_number: int) -> None:
+        """Have another stream wait for what is queued on this one."""
+        entered = self.enter()
+        try:
+            _stream(stream_number).wait(self.stream)
+        finally:
+            if entered:
+                self.leave()
 
     @contextlib.contextmanager
-    def scratch(self, size: int) -> Iterator[tuple[int, tuple[int, int]]]:
-        """The address and extent of memory for the kernels of one call."""
+    def scratch(self, size: int) -> Iterator[int]:
+        """The address of memory for the kernels of one call."""
         buffer = self.memory(size)
         try:
-            yield int(buffer.handle), (0, 0)
+            yield int(buffer.handle)
         finally:
             buffer.close(self.stream)
 
@@ -56,23 +81,34 @@ class SimulatedDevice:
 
     clusters, number, stream_number = True, 0, 0
 
-    def launch(
-        self,
-        job: Job | Elements,
-        units: int,
-        arguments: Sequence[int],
-        extents: Sequence[tuple[int, int]],
-    ) -> None:
+    def __init__(self) -> None:
+        self._lent: list[tuple[int, int]] = []
+
+    def enter(self) -> bool:
+        """Nothing to do: there is no other device."""
+        return False
+
+    def lend(self, *views: View) -> None:
+        """Let the kernels of this call touch arrays, and nothing else."""
+        self._lent += [view.extent for view in views]
+
+    def prepared(self, job: Job | Elements, units: int) -> tuple[Any, Any]:
+        return job, units
+
+    def launch(self, prepared: tuple[Any, Any], arguments: Sequence[int]) -> None:
         from numba import cuda
 
-        with lent(extents):
-            cuda.jit(kernel(job))[units, (job.block, job.group.blocks)](*_grouped(job, arguments))
+        job, units = prepared
+        with lent(self._lent):
+            run = cuda.jit(kernel(job))[units, (job.block, job.group.blocks)]
+            run(*_grouped(job, arguments))
 
     @contextlib.contextmanager
-    def scratch(self, size: int) -> Iterator[tuple[int, tuple[int, int]]]:
+    def scratch(self, size: int) -> Iterator[int]:
         memory = np.full(size // 8 + 3, np.nan)
         address = -(-memory.ctypes.data // 16) * 16
-        yield address, (address, address + size)
+        self._lent.append((address, address + size))
+        yield address
 
 
 def _grouped(job: Job | Elements, arguments: Sequence[int]) -> Iterator[Any]:
@@ -82,16 +118,16 @@ def _grouped(job: Job | Elements, arguments: Sequence[int]) -> Iterator[Any]:
         yield next(left) if count is None else tuple(itertools.islice(left, count))
 
 
-def of(x: View, stream: Any) -> Any:
+def of(x: View, asked: int | None, name: str) -> Any:
     """The device on which x lies, with the stream that was asked for or that x carries."""
     if SIMULATED:
         return SimulatedDevice()
-    return _device(number(x), stream_number(stream) or x.stream or LEGACY)
+    return _device(number(x, name), asked or x.stream or LEGACY)
 
 
-def number(x: View) -> int:
+def number(x: View, name: str) -> int:
     """The device on which an array lies."""
-    return x.device if x.device is not None else _device_of_pointer(x.address)
+    return x.device if x.device is not None else _device_of_pointer(x.address, name)
 
 
 def stream_number(stream: Any) -> int | None:
@@ -130,23 +166,46 @@ def _core_device(number: int) -> Any:
 @contextlib.contextmanager
 def _current(device: Any) -> Iterator[None]:
     """Make a device the current one for a while; the caller's is left as it was."""
-    before = device.set_current()
+    driver().cuCtxPushCurrent(_context(device.device_id))
     try:
+        device.set_current()
         yield
     finally:
-        if before is not None:
-            device.set_current(before)
+        driver().cuCtxPopCurrent()
 
 
-def _stream(number: int, stream: int) -> Any:
+@functools.cache
+def driver() -> Any:
+    """The driver's functions."""
+    from cuda.bindings import driver
+
+    return driver
+
+
+@functools.cache
+def _launcher() -> Any:
+    from cuda.core import launch
+
+    return launch
+
+
+@functools.cache
+def _context(number: int) -> Any:
+    """The context that all libraries share on a device."""
+    status, context = driver().cuDevicePrimaryCtxRetain(number)
+    if status != driver().CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"CUDA device {number} cannot be used: {status.name}")
+    return context
+
+
+def _stream(number: int) -> Any:
     from cuda.core import LEGACY_DEFAULT_STREAM, PER_THREAD_DEFAULT_STREAM, Stream
 
-    if stream == LEGACY:
+    if number == LEGACY:
         return LEGACY_DEFAULT_STREAM
-    return PER_THREAD_DEFAULT_STREAM if stream == PER_THREAD else Stream.from_handle(stream)
+    return PER_THREAD_DEFAULT_STREAM if number == PER_THREAD else Stream.from_handle(number)
 
 
-@functools.lru_cache(maxsize=1024)
 def _config(job: Job | Elements, units: int) -> Any:
     from cuda.core import LaunchConfig
 
@@ -167,11 +226,15 @@ def _loaded(job: Job | Elements, number: int) -> Any:
         return ObjectCode.from_cubin(made.code).get_kernel(made.symbol)
 
 
-def _device_of_pointer(address: int) -> int:
-    from cuda.bindings import driver
-
-    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    status, number = driver.cuPointerGetAttribute(attribute, address)
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise ValueError(f"{address:#x} is no address on a CUDA device: {status.name}")
+def _device_of_pointer(address: int, name: str) -> int:
+    success = driver().CUresult.CUDA_SUCCESS
+    if not address:  # nothing lies there, on whatever device
+        status, number = driver().cuCtxGetDevice()
+        return int(number) if status == success else 0
+    attribute = driver().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    status, number = driver().cuPointerGetAttribute(attribute, address)
+    if status == driver().CUresult.CUDA_ERROR_NOT_INITIALIZED:
+        raise RuntimeError(f"no CUDA device can be used: {status.name}")
+    if status != success:
+        raise ValueError(f"{name} lies at {address:#x}, no address on a CUDA device: {status.name}")
     return int(number)

@@ -243,7 +243,7 @@ def finish_weighted(o: Any, pair: Values) -> Values:
     """The logarithm of the magnitude of a lane's weighted sum, and its sign."""
     m, count, s, c, decides = pair
     zero, one, infinity = o.const(0.0), o.const(1.0), o.const(INFINITY)
-    s, c = _scalars.with_equals(o, m, count, s, c)
+    s, c = _scalars.with_largest(o, m, count, s, c)
     value, sign = _scalars.log_weighted(o, m, s, c)
     nothing = m == o.const(-INFINITY)
     value, sign = o.where(nothing, m, value), o.where(nothing, zero, sign)

@@ -29,8 +29,8 @@ class Limits:
     clusters: tuple[int, ...] = (2, 4, 8)
     # Columns: (threads behind each other, rows of each).
     columns: tuple[tuple[int, int], ...] = (
-        *((1, 1), (1, 2), (1, 4), (2, 4), (4, 4), (8, 4), (8, 8), (16, 8), (32, 8), (64, 4)),
-        *((64, 8), (128, 4)),
+        *((1, 1), (1, 2), (1, 4), (2, 4), (4, 4), (8, 4), (8, 8), (16, 4), (16, 8), (32, 4)),
+        *((32, 8), (64, 4), (64, 8), (128, 4)),
     )
     # Neighbouring threads beside each other: 128 bytes of every row, where there are so many.
     across: int = 8

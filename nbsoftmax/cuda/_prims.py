@@ -361,19 +361,21 @@ class Simulated(_plain.Operations):
 
     def reduce(self, group: Group, join: Join, values: list[Value]) -> list[Value]:
         """As the device's, from the values of all threads at once."""
+        if group.deep * group.blocks == 1:
+            return values
         thread: Any = threading.current_thread()
         slots = thread._manager.__dict__.setdefault("slots", {})
         me = thread.threadIdx
-        slots[me.y, me.x] = values
+        turn = thread.turn = getattr(thread, "turn", 0) + 1  # so that no value is overwritten
+        slots[turn, me.y, me.x] = values
         thread.syncthreads()
         within = me.x % group.threads
         start, beside = me.x - within, within % group.across
         held = [
-            slots[block, start + beside + behind * group.across]
+            slots[turn, block, start + beside + behind * group.across]
             for block in range(group.blocks)
             for behind in range(group.deep)
         ]
-        thread.syncthreads()
         columns = [np.array(column) for column in zip(*held, strict=True)]
         while len(columns[0]) > 1:
             columns = join(self, [c[::2] for c in columns], [c[1::2] for c in columns])

@@ -2,8 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import operator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from .._semantics import LOGSUMEXP, SOFTMAX
 from . import _arrays, _device, _plan
 from ._arrays import View
 from ._kernels import Elements, Job
-from ._prims import Group
+from ._prims import SIMULATED, Group
 
 INFINITY = float("inf")
 ADDRESSES = {  # the first arguments of each stage's kernel
@@ -36,7 +36,7 @@ class Step:
     numbers: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """All that is known before the data: made once for each geometry."""
 
@@ -44,18 +44,29 @@ class Call:
     scratch: int  # bytes
     order: tuple[int, ...]  # of a new result's axes, slowest first
     shape: tuple[int, ...]
+    prepared: dict[int, list[Any]] = field(default_factory=dict)  # for each device
 
-    def run(
-        self, device: Any, addresses: dict[str, int], extents: Sequence[tuple[int, int]] = ()
-    ) -> None:
-        if not self.scratch:
-            for step in self.steps:
-                places = (addresses.get(name, 0) for name in step.names)
-                device.launch(step.job, step.units, (*places, *step.numbers), extents)
-            return
-        with device.scratch(self.scratch) as (address, extent):
-            inside = replace(self, scratch=0)
-            inside.run(device, {**addresses, "pairs": address}, [*extents, extent])
+    def run(self, device: Any, x: int, out: int, weights: int = 0, signs: int = 0) -> None:
+        """Queue all steps."""
+        ready = self.prepared.get(device.number)
+        if ready is None:
+            ready = self.prepared[device.number] = [
+                (device.prepared(step.job, step.units), _picked(step.names), step.numbers)
+                for step in self.steps
+            ]
+        if self.scratch:
+            with device.scratch(self.scratch) as pairs:
+                for kernel, picked, numbers in ready:
+                    device.launch(kernel, picked((x, weights, out, signs, pairs)) + numbers)
+        else:
+            for kernel, picked, numbers in ready:
+                device.launch(kernel, picked((x, weights, out, signs, 0)) + numbers)
+
+
+def _picked(names: tuple[str, ...]) -> Any:
+    """A function that picks a kernel's addresses out of all."""
+    order = "x", "weights", "out", "signs", "pairs"
+    return operator.itemgetter(*(order.index(name) for name in names))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -145,20 +156,69 @@ def run(
 ) -> Any:
     """One of the three functions on one device array."""
     keepdims = bool(keepdims)
-    a = _arrays.view(x, name)
-    device = _device.of(a, stream)
-    plain = where is None and b is None and dtype is None and a.native and not return_sign
-    if plain and out is None and (axis is None or type(axis) is int):
-        geometry = op, a.shape, a.strides, a.format, axis, keepdims, a.address % 16
-        call = _call(*geometry, None, 0, device.clusters)
-        if call is not None:
-            kind = _arrays.kind_of(x)
-            made = kind.new(x, call.shape, a.format, call.order, device.stream_number)
-            to = kind.view(made, "out")
-            call.run(device, {"x": a.address, "out": to.address}, [a.extent, to.extent])
-            return _arrays.delivered(made)
-    request = _Request(op, x, a, device, keepdims, name)
-    return request.answer(axis, where, out, dtype, b, bool(return_sign))
+    asked = None if stream is None else _device.stream_number(stream)
+    a = _arrays.view(x, name, asked or _arrays.LEGACY)
+    device = _device.of(a, asked, name)
+    entered = device.enter()
+    try:
+        plain = where is None and b is None and dtype is None and not return_sign and a.native
+        if plain and (axis is None or type(axis) is int):
+            geometry = op, a.shape, a.strides, a.format, axis, keepdims, a.address % 16
+            if out is None:
+                call = _call(*geometry, None, 0, device.clusters)
+                if call is not None:
+                    return _new(call, device, x, a)
+            else:
+                to = _arrays.view(out, "out", device.stream_number)
+                strides = None if op == LOGSUMEXP else to.strides
+                call = _call(*geometry, strides, to.address % 16, device.clusters)
+                if call is not None and _fills(call, device, to, a):
+                    device.lend(a, to)
+                    call.run(device, a.address, to.address)
+                    return out
+        request = _Request(op, x, a, device, keepdims, name)
+        return request.answer(axis, where, out, dtype, b, bool(return_sign))
+    finally:
+        if entered:
+            device.leave()
+
+
+def _new(call: Call, device: Any, x: Any, a: View) -> Any:
+    """A result of the caller's kind, being filled."""
+    kind = _arrays.kind_of(x)
+    made = kind.new(x, call.shape, a.format, call.order, device)
+    address = kind.address(made)  # of fresh memory, which begins on a vector
+    if SIMULATED:
+        device.lend(a, kind.view(made, "out", 0))
+    call.run(device, a.address, address)
+    return _arrays.delivered(made)
+
+
+def _fills(call: Call, device: Any, to: View, a: View) -> bool:
+    """Whether a call fills this array as it would a new one, or x in its place."""
+    if to.format != a.format or not (to.native and to.writable):
+        return False
+    reduces = call.steps[0].job.op == LOGSUMEXP
+    if not _as_new(to.shape, to.strides, to.itemsize, call.shape, call.order if reduces else None):
+        return False
+    same = a.address == to.address and a.strides == to.strides
+    return (same or _apart(a, to)) and _device.number(to, "out") == device.number
+
+
+@functools.lru_cache(maxsize=1024)
+def _as_new(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    itemsize: int,
+    expected: tuple[int, ...],
+    order: tuple[int, ...] | None,
+) -> bool:
+    """Whether an array has a result's shape, no memory twice and, if given, its axes' order."""
+    if shape != expected or any(step == 0 < n - 1 for n, step in zip(shape, strides, strict=True)):
+        return False
+    as_new = strides if order is None else _arrays.contiguous(shape, order, itemsize)
+    steps = zip(shape, strides, as_new, strict=True)
+    return all(n == 1 or step == other for n, step, other in steps)
 
 
 def _result_format(format_: str) -> str:
@@ -172,16 +232,22 @@ class _Request:
         self.op, self.x, self.a, self.device = op, x, a, device
         self.keepdims, self.name = keepdims, name
         self.scratch = contextlib.ExitStack()
-        self.lent: list[tuple[int, int]] = []
 
     def answer(self, axis: Any, where: Any, out: Any, dtype: Any, b: Any, return_sign: bool) -> Any:
+        with self.scratch:
+            return self._answer(axis, where, out, dtype, b, return_sign)
+
+    def _answer(
+        self, axis: Any, where: Any, out: Any, dtype: Any, b: Any, return_sign: bool
+    ) -> Any:
         op, a = self.op, self.a
+        self.device.lend(a)
         chosen = None if dtype is None else _semantics.chosen_dtype(dtype).name
         weights = None if b is None else self._weights(b)
         self.axes = _semantics.normalize_axis(axis, len(self.a.shape))
         mask = None if where is None else self._mask(where)
         result = _result_format(a.format)
-        if weights is not None:
+        if weights is not None and not isinstance(b, (bool, int, float)):
             result = _common_format(result, _result_format(weights.format))
         self.result = result = chosen or result
         self.shape = _semantics.result_shape(op, self.a.shape, self.axes, self.keepdims)
@@ -189,21 +255,26 @@ class _Request:
         made = signs = None
         if to is None:
             made, to = self._new(result)
-        self.lent = [v.extent for v in (self.a, to, mask, weights) if v is not None]
+        self.device.lend(*(v for v in (to, mask, weights) if v is not None))
         signs_to = None
         if return_sign:
             signs, signs_to = self._new(result)
-            self.lent.append(signs_to.extent)
-        with self.scratch:
-            self._fill(to, signs_to, mask, weights, return_sign)
+            self.device.lend(signs_to)
+        self._fill(to, signs_to, mask, weights, return_sign)
         answer = out if made is None else _arrays.delivered(made)
         return answer if signs is None else (answer, _arrays.delivered(signs))
 
     # The arguments.
 
+    def _number(self, value: float) -> View:
+        """A number as an array without axes."""
+        held = self._scratch((), "float64")
+        self._constant(held, value)
+        return held
+
     def _weights(self, b: Any) -> View:
         if isinstance(b, (bool, int, float)):
-            raise TypeError("b must be an array on the device of a, not a number")
+            return _broadcast(self._number(float(b)), self.a.shape)
         weights = self._beside(b, "b")
         try:
             shape = np.broadcast_shapes(self.a.shape, weights.shape)
@@ -215,6 +286,8 @@ class _Request:
         return _broadcast(weights, shape)
 
     def _mask(self, where: Any) -> View:
+        if isinstance(where, (bool, np.bool_)):
+            return _broadcast(self._number(float(where)), self.a.shape)
         mask = self._beside(where, "where")
         if mask.format != "bool":
             raise TypeError(f"where must be boolean, not of dtype {mask.format}")
@@ -227,9 +300,9 @@ class _Request:
             ) from None
 
     def _beside(self, array: Any, name: str) -> View:
-        seen = _arrays.view(array, name)
-        here, there = self.device.number, _device.number(seen)
-        if here != there:
+        seen = _arrays.view(array, name, self.device.stream_number)
+        here, there = self.device.number, _device.number(seen, name)
+        if here != there and (seen.address or seen.device is not None):
             raise ValueError(f"{name} lies on device {there}, {self.name} on device {here}")
         return seen
 
@@ -248,8 +321,8 @@ class _Request:
     def _new(self, format_: str) -> tuple[Any, View]:
         kind = _arrays.kind_of(self.x)
         order = tuple(range(len(self.shape)))
-        made = kind.new(self.x, self.shape, format_, order, self.device.stream_number)
-        return made, kind.view(made, "out")
+        made = kind.new(self.x, self.shape, format_, order, self.device)
+        return made, _arrays.view(made, "out", self.device.stream_number)
 
     # The work.
 
@@ -267,10 +340,11 @@ class _Request:
         if weights is not None or signed:
             self._weighted(to, signs, mask, weights)
             return
-        apart = _apart(a, to) or (replace(a, writable=True) == replace(to, stream=a.stream))
         native = a.native and to.native and a.format == self.result == to.format
-        if mask is None and apart and native and self._direct(a, to):
-            return
+        if mask is None and native:
+            same = (a.address, a.strides) == (to.address, to.strides)
+            if self._direct(a if same or _apart(a, to) else self._moved(a), to):
+                return
         self._packed(to, mask)
 
     def _direct(self, a: View, to: View) -> bool:
@@ -278,21 +352,24 @@ class _Request:
         geometry = self.op, a.shape, a.strides, a.format, self.axes, self.keepdims, a.address % 16
         strides = None if self.op == LOGSUMEXP else to.strides
         call = _call(*geometry, strides, to.address % 16, self.device.clusters)
-        if call is None:
+        if call is None or not _fills(call, self.device, to, a):
             return False
-        if self.op == LOGSUMEXP:
-            as_new = _arrays.contiguous(to.shape, call.order, to.itemsize)
-            if not _same_walk(to.shape, to.strides, as_new):
-                return False
-        call.run(self.device, {"x": a.address, "out": to.address}, self.lent)
+        call.run(self.device, a.address, to.address)
         return True
+
+    def _moved(self, a: View) -> View:
+        """A copy that is walked like the original, so that it gives the same bits."""
+        order = sorted(range(len(a.shape)), key=lambda i: -abs(a.strides[i]))
+        copy = self._scratch(a.shape, a.format)
+        copy = copy._replace(strides=_arrays.contiguous(a.shape, tuple(order), a.itemsize))
+        self._copy(a, copy)
+        return copy
 
     def _rows(self, view: View) -> View:
         """An array with the kept axes first, the reduced ones last."""
         kept = tuple(i for i in range(len(view.shape)) if i not in self.axes)
         order = kept + self.axes
-        return replace(
-            view,
+        return view._replace(
             shape=tuple(view.shape[i] for i in order),
             strides=tuple(view.strides[i] for i in order),
         )
@@ -303,8 +380,7 @@ class _Request:
             return self._rows(to)
         if self.keepdims:
             kept = [i for i in range(len(to.shape)) if i not in self.axes]
-            to = replace(
-                to,
+            to = to._replace(
                 shape=tuple(to.shape[i] for i in kept),
                 strides=tuple(to.strides[i] for i in kept),
             )
@@ -326,11 +402,11 @@ class _Request:
             hidden = self._scratch((lanes,), "float16")
             self._on_rows(LOGSUMEXP, seen, hidden, lanes, n)
         target = self._lanes(to)
-        y = replace(y, shape=target.shape, strides=_natural(target.shape, y.itemsize))
+        y = y._replace(shape=target.shape, strides=_natural(target.shape, y.itemsize))
         if hidden is not None:
             kept = len(self.a.shape) - len(self.axes)
             strides = _natural(target.shape[:kept], 2) + (0,) * len(self.axes)
-            hidden = replace(hidden, shape=target.shape, strides=strides)
+            hidden = hidden._replace(shape=target.shape, strides=strides)
         self._copy(y, target, hidden, above=-INFINITY, fill=0.0 if op == SOFTMAX else -INFINITY)
 
     def _weighted(
@@ -351,11 +427,10 @@ class _Request:
         geometry = LOGSUMEXP, (lanes, n), (8 * n, 8), "float64", 1, False, 0, None, 0
         call = _call(*geometry, self.device.clusters, True)
         assert call is not None
-        addresses = {"x": x.address, "weights": by.address, "out": y.address, "signs": sign.address}
-        call.run(self.device, addresses, self.lent)
+        call.run(self.device, x.address, y.address, by.address, sign.address)
         target = self._lanes(to)
         strides = _natural(target.shape, 8)
-        y, sign = (replace(v, shape=target.shape, strides=strides) for v in (y, sign))
+        y, sign = (v._replace(shape=target.shape, strides=strides) for v in (y, sign))
         if signs is None:  # the logarithm of a negative sum is no number
             self._copy(y, target, sign, above=-0.5, fill=float("nan"))
         else:
@@ -374,19 +449,18 @@ class _Request:
         geometry = op, (lanes, n), strides, x.format, 1, False, 0, out_strides, 0
         call = _call(*geometry, self.device.clusters)
         assert call is not None
-        call.run(self.device, {"x": x.address, "out": y.address}, self.lent)
+        call.run(self.device, x.address, y.address)
 
     def _scratch(self, shape: tuple[int, ...], format_: str) -> View:
         """Contiguous memory until the end of the call."""
         size = FORMATS[format_].itemsize
         count = _arrays.size_of(shape) * size
-        address, extent = self.scratch.enter_context(self.device.scratch(count))
-        self.lent.append(extent)
-        return View(address, shape, _natural(shape, size), format_, None, None, True)
+        address = self.scratch.enter_context(self.device.scratch(max(1, count)))
+        return View(address, shape, _natural(shape, size), format_, size, self.device.number, None)
 
     def _constant(self, to: View, value: float) -> None:
         """Fill an array: nothing in it is visible."""
-        self._copy(to, to, replace(to, native=True), above=INFINITY, fill=value)
+        self._copy(to, to, to._replace(native=True), above=INFINITY, fill=value)
 
     def _copy(
         self, x: View, to: View, mask: View | None = None, above: float = 0.0, fill: float = 0.0
@@ -407,14 +481,15 @@ class _Request:
         count = x.size
         addresses = x.address, beside.address, to.address
         arguments = (*addresses, count, *shape, *steps[0], *steps[1], *steps[2])
-        self.device.launch(job, -(-count // job.block), arguments, self.lent)
+        kernel = self.device.prepared(job, -(-count // job.block))
+        self.device.launch(kernel, arguments)
 
 
 # -- strides --------------------------------------------------------------------------------------
 
 
 def _natural(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    return _arrays.contiguous(shape, tuple(range(len(shape))), itemsize)
+    return _arrays.contiguous(shape, None, itemsize)
 
 
 def _broadcast(view: View, shape: tuple[int, ...]) -> View:
@@ -425,12 +500,7 @@ def _broadcast(view: View, shape: tuple[int, ...]) -> View:
     sizes = (1,) * extra + view.shape
     strides = (0,) * extra + view.strides
     steps = (0 if size == 1 else step for size, step in zip(sizes, strides, strict=True))
-    return replace(view, shape=shape, strides=tuple(steps))
-
-
-def _same_walk(shape: tuple[int, ...], strides: tuple[int, ...], others: tuple[int, ...]) -> bool:
-    steps = zip(shape, strides, others, strict=True)
-    return all(size == 1 or step == other for size, step, other in steps)
+    return view._replace(shape=shape, strides=tuple(steps))
 
 
 def _apart(a: View, b: View) -> bool:
