@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from nbsoftmax import __version__, _check, _machine, _report, _timing
+from nbsoftmax import __version__, _check, _gpu, _machine, _report, _timing
 
 
 class _Stop(Exception):
@@ -117,6 +117,8 @@ def _run(options: argparse.Namespace, console: Console) -> bool:
         arrays.append(user)
 
     accuracy: list[_check.Accuracy] = []
+    on_device: list[_check.Accuracy] = []
+    device_speed: list[_gpu.Speed] = []
     speed: list[_timing.Speed] = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     screen = Console(stderr=True)
@@ -133,10 +135,21 @@ def _run(options: argparse.Namespace, console: Console) -> bool:
         for x, axis in progress.track(arrays, description="timing"):
             speed.extend(_timing.measure(x, axis, copy))
 
+        unused = _gpu.missing() if machine["cuda_devices"] else "no CUDA device"
+        if not unused:
+            for name, lanes in progress.track(inputs, description="checking the GPU"):
+                on_device.extend(_check.compare(name, lanes, wide, _gpu.libraries()))
+            for x, axis in progress.track(arrays, description="timing the GPU"):
+                device_speed.extend(_gpu.measure(x, axis))
+
     _report.print_accuracy(console, accuracy)
     _report.print_special(console, special)
     _report.print_speed(console, speed)
-    kept = not special.wrong and all(row.kept for row in accuracy)
+    if on_device:
+        _report.print_gpu(console, machine["cuda_devices"][0], on_device, device_speed)
+    elif machine["cuda_devices"]:
+        console.print(f"The CUDA device was not used: {unused}", highlight=False)
+    kept = not special.wrong and all(row.kept for row in [*accuracy, *on_device])
     if not kept:
         console.print("[bold red]A result is further from the exact one than promised.[/]")
 
@@ -145,6 +158,8 @@ def _run(options: argparse.Namespace, console: Console) -> bool:
         "accuracy": [row.as_dict() for row in accuracy],
         "special_values": special._asdict(),
         "speed": [row.as_dict() for row in speed],
+        "cuda_accuracy": [row.as_dict() for row in on_device],
+        "cuda_speed": [row.as_dict() for row in device_speed],
         "promises_kept": kept,
     }
     try:

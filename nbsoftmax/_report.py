@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nbsoftmax import _check, _timing
+from nbsoftmax import _check, _gpu, _timing
 
 
 def _time(seconds: float) -> str:
@@ -69,6 +69,32 @@ def print_accuracy(console: Console, rows: Sequence[_check.Accuracy]) -> None:
         cells.setdefault((escape(row.input), row.dtype), []).append(cell)
     for (name, dtype), three in cells.items():
         table.add_row(name, dtype, *three)
+    console.print(table, "", highlight=False)
+
+
+def print_gpu(
+    console: Console, device: str, rows: Sequence[_check.Accuracy], speed: Sequence[_gpu.Speed]
+) -> None:
+    """Print what a CUDA device gave."""
+    table = _table(f"Worst error in ulp on {device}", ("input", "dtype"), _check.FUNCTIONS)
+    cells: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        style = "green" if row.kept else "bold red"
+        cell = f"[{style}]{_ulp(row.ulp['nbsoftmax'])}[/]"
+        cells.setdefault((escape(row.input), row.dtype), []).append(cell)
+    for words, three in cells.items():
+        table.add_row(*words, *three)
+    console.print(table, "", highlight=False)
+    words, figures = ("array", "function"), ("time", "GB/s", "% copy")
+    table = _table("Median time with out=, against a copy on the device", words, figures)
+    for speed_row in speed:
+        table.add_row(
+            f"{speed_row.shape}, axis {speed_row.axis}, {speed_row.dtype}",
+            speed_row.function,
+            _time(speed_row.seconds),
+            f"{speed_row.gb_per_s:.0f}",
+            f"{speed_row.percent_of_copy:.0f}",
+        )
     console.print(table, "", highlight=False)
 
 

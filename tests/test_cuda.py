@@ -99,6 +99,23 @@ def test_arrays_of_the_device_are_refused_beside_the_hosts(name):
         nbsoftmax.logsumexp(np.ones(3), **{name: other})
 
 
+def test_the_main_job_checks_and_times_a_device():
+    from nbsoftmax import _check, _gpu
+
+    assert not _gpu.missing()
+    lanes = cases.draw((3, 40), "float32")
+    with cuda_arrays.using("default"), pytest.MonkeyPatch.context() as patch:
+        rows = list(_check.compare("drawn", lanes, _check.widest(), _gpu.libraries()))
+        assert [row.function for row in rows] == list(cases.OPS)
+        assert all(row.kept for row in rows)
+        patch.setattr(_gpu, "_ROUNDS", 2)
+        patch.setattr(_gpu, "_CALLS", 1)
+        speed = list(_gpu.measure(lanes, 1))
+    assert [(row.function, row.bytes) for row in speed] == list(
+        zip(cases.OPS, (960, 960, 492), strict=True)
+    )
+
+
 def test_a_stream_is_for_device_arrays_only():
     with pytest.raises(TypeError, match="stream"):
         nbsoftmax.softmax(np.ones(3), stream=7)

@@ -49,8 +49,9 @@ LAYERS: dict[str, set[str]] = {
     "_machine": {"__init__", "_pool"},
     "_check": {"__init__"},
     "_timing": {"_check", "_cpu"},
-    "_report": {"_check", "_timing"},
-    "__main__": {"__init__", "_check", "_machine", "_report", "_timing"},
+    "_gpu": {"_check", "_timing"},
+    "_report": {"_check", "_gpu", "_timing"},
+    "__main__": {"__init__", "_check", "_gpu", "_machine", "_report", "_timing"},
 }
 
 # Loaded by no import of the package: each is slow to load, or may be missing.
