@@ -24,9 +24,10 @@ from cuda.pathfinder import find_nvidia_binary_utility
 from rich.console import Console
 from rich.table import Table
 
-from nbsoftmax.cuda import _compile, _kernels, _run
+from nbsoftmax._formats import FORMATS
+from nbsoftmax.cuda import _compile, _run
 from nbsoftmax.cuda._device import CLUSTERS
-from nbsoftmax.cuda._kernels import Elements, Job
+from nbsoftmax.cuda._jobs import Elements, Job
 
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
 
@@ -75,7 +76,7 @@ def jobs() -> list[Job | Elements]:
     """List the kernels of all cases, each once."""
     found: dict[Job | Elements, None] = {}
     for op, dtype, shape in CASES:
-        size = _kernels.FORMATS[dtype].itemsize
+        size = FORMATS[dtype].itemsize
         _, n, inner = shape
         strides = n * inner * size, inner * size, size
         call = _run._call(op, shape, strides, dtype, 1, False, 0, None, 0, True)

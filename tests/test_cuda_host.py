@@ -1153,7 +1153,8 @@ def fake_cupy(stream):
         return FakeCupyArray(shape, dtype, chosen[-1], stream)
 
     cupy.empty, cupy.ndarray = empty, FakeCupyArray
-    cupy.cuda = types.SimpleNamespace(Device=device)
+    current = types.SimpleNamespace(ptr=stream)
+    cupy.cuda = types.SimpleNamespace(Device=device, get_current_stream=lambda: current)
     sys.modules["cupy"] = cupy
     return cupy
 

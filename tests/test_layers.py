@@ -36,14 +36,14 @@ LAYERS: dict[str, set[str]] = {
     # Arrays on a CUDA device: loaded by the first one.
     "cuda.__init__": set(),
     "cuda._plan": {"_semantics"},
-    "cuda._prims": {"_formats", "_llvm", "_plain", "_scalars"},
-    "cuda._kernels": {"_formats", "_scalars", "_semantics", "cuda._prims"},
-    "cuda._compile": {"cuda._kernels"},
-    "cuda._arrays": {"_formats", "_semantics", "cuda._prims"},
-    "cuda._device": {"cuda._arrays", "cuda._compile", "cuda._kernels", "cuda._prims"},
+    "cuda._jobs": {"_formats", "_scalars"},
+    "cuda._prims": {"_formats", "_llvm", "_plain", "_scalars", "cuda._jobs"},
+    "cuda._kernels": {"_formats", "_scalars", "_semantics", "cuda._jobs", "cuda._prims"},
+    "cuda._compile": {"cuda._jobs", "cuda._kernels"},
+    "cuda._arrays": {"_formats", "_semantics", "cuda._jobs"},
+    "cuda._device": {"cuda._arrays", "cuda._compile", "cuda._jobs", "cuda._kernels", "cuda._prims"},
     "cuda._run": {
-        *("_formats", "_semantics", "cuda._arrays", "cuda._device", "cuda._kernels", "cuda._plan"),
-        "cuda._prims",
+        *("_formats", "_semantics", "cuda._arrays", "cuda._device", "cuda._jobs", "cuda._plan"),
     },
     # The programme that checks and times a machine.
     "_machine": {"__init__", "_pool"},

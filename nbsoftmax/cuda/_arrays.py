@@ -13,7 +13,7 @@ import numpy as np
 
 from .._formats import FORMATS
 from .._semantics import on_cuda
-from ._prims import SIMULATED
+from ._jobs import SIMULATED
 
 LEGACY, PER_THREAD = 1, 2  # streams that have a number instead of an address
 
@@ -205,10 +205,16 @@ def _torch_view(tensor: Any, name: str, reader: int) -> View:
         raise TypeError(f"{name} of dtype {tensor.dtype} is not supported")
     itemsize = FORMATS[format_].itemsize
     device = tensor.device.index
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = _torch_stream(device)
     strides = tuple(step * itemsize for step in tensor.stride())
     shape = tuple(tensor.shape)
     return View(tensor.data_ptr(), shape, strides, format_, itemsize, device, stream or LEGACY)
+
+
+def _torch_stream(device: int) -> int:
+    import torch
+
+    return int(torch.cuda.current_stream(device).cuda_stream) or LEGACY
 
 
 def _torch_new(
@@ -216,8 +222,13 @@ def _torch_new(
 ) -> Any:
     import torch
 
-    dtype = getattr(torch, format_)
-    base = torch.empty([shape[i] for i in order], dtype=dtype, device=like.device)
+    dtype, sizes = getattr(torch, format_), [shape[i] for i in order]
+    if device.stream_number == _torch_stream(like.device.index):
+        base = torch.empty(sizes, dtype=dtype, device=like.device)
+    else:  # its memory must not be used again before that stream is done with it
+        other = torch.cuda.ExternalStream(device.stream_number, like.device)
+        with torch.cuda.stream(other):
+            base = torch.empty(sizes, dtype=dtype, device=like.device)
     return base.permute([order.index(i) for i in range(len(shape))])
 
 
@@ -230,7 +241,11 @@ def _cupy_new(
     import cupy
 
     with cupy.cuda.Device(like.device.id):
-        base = cupy.empty([shape[i] for i in order], _dtype(format_))
+        if device.stream_number == (cupy.cuda.get_current_stream().ptr or LEGACY):
+            base = cupy.empty([shape[i] for i in order], _dtype(format_))
+        else:  # its memory must not be used again before that stream is done with it
+            with cupy.cuda.ExternalStream(device.stream_number):
+                base = cupy.empty([shape[i] for i in order], _dtype(format_))
     return base.transpose([order.index(i) for i in range(len(shape))])
 
 

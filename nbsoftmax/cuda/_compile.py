@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ._kernels import Elements, Job
+from ._jobs import Elements, Job
 
 Architecture = tuple[int, int]
 _compiling = threading.RLock()
@@ -61,7 +61,7 @@ def _folder() -> Path:
 def _stamp() -> str:
     """Of all that shapes machine code: our sources and the compilers' versions."""
     here = Path(__file__).parent
-    files = [here / f"_{name}.py" for name in ("compile", "kernels", "prims")]
+    files = [here / f"_{name}.py" for name in ("compile", "jobs", "kernels", "prims")]
     files += [here.parent / f"_{name}.py" for name in ("formats", "llvm", "scalars", "simd")]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     for package in ("numba-cuda", "llvmlite", "cuda-core", "nvidia-nvvm", "nvidia-nvjitlink"):

@@ -7,12 +7,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from cuda.bindings import driver
+from cuda.core import (
+    LEGACY_DEFAULT_STREAM,
+    PER_THREAD_DEFAULT_STREAM,
+    LaunchConfig,
+    ObjectCode,
+    Stream,
+    launch,
+)
+from cuda.core import Device as CoreDevice
 
 from ._arrays import LEGACY, PER_THREAD, View
-from ._kernels import Elements, Job, kernel
-from ._prims import SIMULATED, lent
+from ._jobs import SIMULATED, Elements, Job
 
-INSTALL = "pip install 'nbsoftmax[cu13]' (or cu12, for drivers of CUDA 12)"
 CLUSTERS = (9, 0)  # architectures that have thread-block clusters, and later ones
 
 
@@ -33,14 +41,14 @@ class Device:
 
         A stream that is a number is one of the current device.
         """
-        if int(driver().cuCtxGetCurrent()[1]) == self._context:
+        if int(driver.cuCtxGetCurrent()[1]) == self._context:
             return False
-        driver().cuCtxPushCurrent(_context(self.number))
+        driver.cuCtxPushCurrent(_context(self.number))
         return True
 
     def leave(self) -> None:
         """Undo `enter`."""
-        driver().cuCtxPopCurrent()
+        driver.cuCtxPopCurrent()
 
     def memory(self, size: int) -> Any:
         """A buffer from the device's pool, made and freed in the order of the stream."""
@@ -55,7 +63,7 @@ class Device:
 
     def launch(self, prepared: tuple[Any, Any], arguments: Sequence[int]) -> None:
         """Queue a kernel."""
-        _launcher()(self.stream, *prepared, *arguments)
+        launch(self.stream, *prepared, *arguments)
 
     def order(self, stream_number: int) -> None:
         """Have another stream wait for what is queued on this one."""
@@ -97,6 +105,9 @@ class SimulatedDevice:
 
     def launch(self, prepared: tuple[Any, Any], arguments: Sequence[int]) -> None:
         from numba import cuda
+
+        from ._kernels import kernel
+        from ._prims import lent
 
         job, units = prepared
         with lent(self._lent):
@@ -153,10 +164,6 @@ def _device(number: int, stream: int) -> Device:
 
 
 def _core_device(number: int) -> Any:
-    try:
-        from cuda.core import Device as CoreDevice
-    except ImportError as error:
-        raise ImportError(f"arrays on a CUDA device need cuda-core: {INSTALL}") from error
     device = CoreDevice(number)
     with _current(device):
         pass  # its context exists from now on
@@ -166,49 +173,30 @@ def _core_device(number: int) -> Any:
 @contextlib.contextmanager
 def _current(device: Any) -> Iterator[None]:
     """Make a device the current one for a while; the caller's is left as it was."""
-    driver().cuCtxPushCurrent(_context(device.device_id))
+    driver.cuCtxPushCurrent(_context(device.device_id))
     try:
         device.set_current()
         yield
     finally:
-        driver().cuCtxPopCurrent()
-
-
-@functools.cache
-def driver() -> Any:
-    """The driver's functions."""
-    from cuda.bindings import driver
-
-    return driver
-
-
-@functools.cache
-def _launcher() -> Any:
-    from cuda.core import launch
-
-    return launch
+        driver.cuCtxPopCurrent()
 
 
 @functools.cache
 def _context(number: int) -> Any:
     """The context that all libraries share on a device."""
-    status, context = driver().cuDevicePrimaryCtxRetain(number)
-    if status != driver().CUresult.CUDA_SUCCESS:
+    status, context = driver.cuDevicePrimaryCtxRetain(number)
+    if status != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"CUDA device {number} cannot be used: {status.name}")
     return context
 
 
 def _stream(number: int) -> Any:
-    from cuda.core import LEGACY_DEFAULT_STREAM, PER_THREAD_DEFAULT_STREAM, Stream
-
     if number == LEGACY:
         return LEGACY_DEFAULT_STREAM
     return PER_THREAD_DEFAULT_STREAM if number == PER_THREAD else Stream.from_handle(number)
 
 
 def _config(job: Job | Elements, units: int) -> Any:
-    from cuda.core import LaunchConfig
-
     blocks = job.group.blocks
     return LaunchConfig(grid=units, block=job.block, cluster=blocks if blocks > 1 else None)
 
@@ -216,8 +204,6 @@ def _config(job: Job | Elements, units: int) -> Any:
 @functools.lru_cache(maxsize=1024)
 def _loaded(job: Job | Elements, number: int) -> Any:
     """A kernel on a device."""
-    from cuda.core import ObjectCode
-
     from . import _compile
 
     device = _core_device(number)
@@ -227,13 +213,13 @@ def _loaded(job: Job | Elements, number: int) -> Any:
 
 
 def _device_of_pointer(address: int, name: str) -> int:
-    success = driver().CUresult.CUDA_SUCCESS
+    success = driver.CUresult.CUDA_SUCCESS
     if not address:  # nothing lies there, on whatever device
-        status, number = driver().cuCtxGetDevice()
+        status, number = driver.cuCtxGetDevice()
         return int(number) if status == success else 0
-    attribute = driver().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    status, number = driver().cuPointerGetAttribute(attribute, address)
-    if status == driver().CUresult.CUDA_ERROR_NOT_INITIALIZED:
+    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    status, number = driver.cuPointerGetAttribute(attribute, address)
+    if status == driver.CUresult.CUDA_ERROR_NOT_INITIALIZED:
         raise RuntimeError(f"no CUDA device can be used: {status.name}")
     if status != success:
         raise ValueError(f"{name} lies at {address:#x}, no address on a CUDA device: {status.name}")

@@ -15,48 +15,21 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cuda
 from numba.core import cgutils
 
 from .. import _llvm, _plain, _scalars
 from .._formats import Format
 from .._llvm import I32, I64
+from ._jobs import SIMULATED, WARP, Group
 
-SIMULATED = bool(cuda.config.ENABLE_CUDASIM)
-WARP = 32
 Value = Any  # one register
 Join = Callable[[Any, list[Value], list[Value]], list[Value]]
 
 _places = itertools.count()  # names of shared arrays
-
-
-@dataclass(frozen=True)
-class Group:
-    """The threads that hold one item: ``across`` neighbours, then lanes, then warps, then blocks.
-
-    Neighbours hold different lanes of the array; all others hold parts of the same ones.
-    """
-
-    across: int
-    deep: int  # threads behind each other, of one block
-    blocks: int = 1  # a cluster's
-
-    @property
-    def threads(self) -> int:
-        return self.across * self.deep
-
-    @property
-    def lanes(self) -> int:
-        return min(self.deep, WARP // self.across)
-
-    @property
-    def warps(self) -> int:
-        return self.deep // self.lanes
 
 
 class Device(_llvm.Arithmetic):

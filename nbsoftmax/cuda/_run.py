@@ -13,8 +13,7 @@ from .._formats import FORMATS
 from .._semantics import LOGSUMEXP, SOFTMAX
 from . import _arrays, _device, _plan
 from ._arrays import View
-from ._kernels import Elements, Job
-from ._prims import SIMULATED, Group
+from ._jobs import SIMULATED, Elements, Group, Job
 
 INFINITY = float("inf")
 ADDRESSES = {  # the first arguments of each stage's kernel
