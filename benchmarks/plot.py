@@ -28,7 +28,7 @@ MARKS = {
 }  # fmt: skip
 SHIFT = {
     "nbsoftmax": 0.0, "ONNX Runtime": -0.18, "torch": 0.18, "JAX": 0.3, "SciPy": -0.3,
-    "torch.compile": 0.3, "CuPy": 0.0, "Triton": -0.18, "QuACK": -0.3,
+    "torch.compile": 0.34, "CuPy": -0.18, "Triton": -0.32, "QuACK": 0.34,
 }  # fmt: skip
 THEMES: dict[str, dict[str, str]] = {
     "light": {
@@ -243,7 +243,7 @@ def _where_gpu(report: Report) -> str:
     device = [m["gpu"] or f"NumPy on {m['host']}, no GPU"]
     device += [f"{name} {m[name.lower()]}" for name in ("CUDA", "driver") if m.get(name.lower())]
     versions = [f"{name} {m['versions'][p]}" for p, name in PACKAGES.items() if p in m["versions"]]
-    return f"{', '.join(device)}; {', '.join(versions)}; {m['date']}."
+    return f"{', '.join(device)}; {m['date']}.\n{', '.join(versions)}."
 
 
 def _yardstick(report: Report, op: str) -> str:
@@ -297,9 +297,10 @@ def gpu(theme: dict[str, str]) -> Figure:
     }
     others = sorted({case for case, _ in shares if _other(case)}, key=_order)
     arrays = list(dict.fromkeys(map(_array, others)))
-    figure = Figure(figsize=(11, 5.4 + 0.21 * len(arrays)), layout="constrained")
+    figure = Figure(figsize=(11, 5.4 + 0.24 * len(arrays)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08)  # else 100 touches the next panel's 0
     # Two figures, because the names of the arrays need a margin that the upper panels do not.
-    upper, lower = figure.subfigures(2, 1, height_ratios=(3.4, 1 + 0.21 * len(arrays)))
+    upper, lower = figure.subfigures(2, 1, height_ratios=(3.4, 1 + 0.24 * len(arrays)))
     lines = upper.subplots(1, 3, sharex=True, sharey=True)
     dots = lower.subplots(1, 3, sharex=True, sharey=True)
     for op, above, below in zip(OPS, lines, dots, strict=True):
@@ -329,8 +330,8 @@ def gpu(theme: dict[str, str]) -> Figure:
         above.set_xlabel("n, elements of a row")
         above.set_ylabel(f"% of {_yardstick(report, op)}")
         below.set_xlabel(f"% of {_yardstick(report, op)}")
-    lengths_ = [case.n for case, _ in shares if _many_rows(case)]
-    _log_ticks(lines[0], min(lengths_) / 1.5, max(lengths_) * 1.5)
+    numbers = [case.n for case, _ in shares if _many_rows(case)]
+    _log_ticks(lines[0], min(numbers) / 1.5, max(numbers) * 1.5)
     lines[0].set_ylim(bottom=0)
     dots[0].set_xlim(left=0)
     _rows(dots[0], arrays)

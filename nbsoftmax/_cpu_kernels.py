@@ -849,16 +849,7 @@ class SumForPairs(SumOfOthers):
         return True
 
     def least(self, m: Vector, hidden: Vector) -> Vector:
-        return self.o.larger(self.rounded(m), hidden)
-
-    def rounded(self, m: Vector) -> Vector:
-        """The rest from which rounded terms do.
-
-        Their error counts only in results below 1, so not beside a larger maximum; and a rest of
-        1.75 largest terms has a logarithm of 1.
-        """
-        o = self.o
-        return o.where(abs(m) < o.const(1.0), o.const(1.75), o.const(0.0))
+        return self.o.larger(_scalars.rounded_terms(self.o, m), hidden)
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
         self.write(u, (m.get(), s.get(), c.get()))
@@ -868,8 +859,7 @@ class SumForLogSumExp(SumForPairs):
     """Writes logsumexp of the lane."""
 
     def least(self, m: Vector, hidden: Vector) -> Vector:
-        rounded = self.rounded(m)  # 0 beside a large maximum, which hides the same bits again
-        return self.o.where(rounded > self.o.const(0.0), self.o.larger(rounded, hidden), rounded)
+        return _scalars.least_for_logsumexp(self.o, m, hidden)
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
         self.write(u, (_scalars.logsumexp(self.o, m.get(), s.get(), c.get()),))

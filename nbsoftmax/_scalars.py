@@ -277,6 +277,24 @@ def is_small(o: Operations, m: Value, s: Value, least: Value) -> Value:
     return o.where(_without_terms(o, m, s), zero, small)
 
 
+def rounded_terms(o: Operations, m: Value) -> Value:
+    """The rest, in largest terms, from which on rounded terms do for logsumexp.
+
+    Their error counts only in results below 1, so not beside a larger maximum; and a rest of 1.75
+    largest terms has a logarithm of 1.
+    """
+    return o.where(abs(m) < o.const(1.0), o.const(1.75), o.const(0.0))
+
+
+def least_for_logsumexp(o: Operations, m: Value, hidden: Value) -> Value:
+    """The rest that will do where the largest term hides what is below ``hidden``.
+
+    Beside a large maximum any: the result hides the same bits again.
+    """
+    rounded = rounded_terms(o, m)
+    return o.where(rounded > o.const(0.0), o.larger(rounded, hidden), rounded)
+
+
 def whole(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
     """The sum of all terms from that of all but one largest."""
     return add(largest(o, m)[0], c, s)

@@ -17,6 +17,7 @@ Arrays that are not folded, or have a mask, are packed to rows first, and result
 they belong: `Elements`.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -66,6 +67,15 @@ def add_totals(o: Any, p: Values, q: Values) -> Values:
     for i in range(0, len(p), 2):
         joined += _scalars.merge(p[i], p[i + 1], q[i], q[i + 1])
     return joined
+
+
+def rest(o: Any, op: str, m: Any, total: Values, additions: int) -> Values:
+    """The sum of all terms but one largest from that of all, and 1 where it is not good enough."""
+    s, c = _scalars.without_one(o, m, *total)
+    # As on the CPU: so many additions each left up to two roundings of the largest term in c.
+    hidden = o.const(additions**2 * 2.0**-o.real.mantissa)
+    least = _scalars.least_for_logsumexp(o, m, hidden) if op == LOGSUMEXP else hidden
+    return [s, c, _scalars.is_small(o, m, s, least)]
 
 
 def push(o: Any, pair: Values, values: Values, m: Any, weights: Values | None = None) -> Values:
@@ -143,7 +153,11 @@ def join(o: Any, parts: int, p: Values, q: Values) -> Values:
 def finish(o: Any, op: str, pair: Values) -> Values:
     """What the results of a lane need of its pair; for logsumexp, the result."""
     m, count, s, c = pair
-    s, c = _scalars.with_equals(o, m, count, s, c)
+    return finish_rest(o, op, m, *_scalars.with_equals(o, m, count, s, c))
+
+
+def finish_rest(o: Any, op: str, m: Any, s: Any, c: Any) -> Values:
+    """`finish` from the sum of all terms but one largest."""
     if op == SOFTMAX:
         return [m, *_scalars.reciprocal(o, m, *_scalars.whole(o, m, s, c))]
     if op == LOGSUMEXP:
@@ -195,7 +209,11 @@ class Functions:
 
         self.load = function(self._load, held)
         self.store = function(self._store)
-        self.whole = function(self._whole, lanes if reduces else held)
+        self.softmax = function(self._softmax, held)
+        self.sums = function(self._sums, 4 * lanes)
+        self.careful_sums = function(self._careful_sums, 4 * lanes)
+        self.anywhere = function(self._anywhere, 1)
+        self.logarithms = function(self._logarithms, lanes if reduces else held)
         self.no_pairs = function(self._no_pairs, pairs)
         self.push_tile = function(self._push_tile, pairs)
         self.push_weighted = function(self._push_weighted, pairs)
@@ -252,27 +270,63 @@ class Functions:
 
     # A tile that holds its lanes from end to end.
 
-    def _whole(self, o: Any, values: Values) -> Values:
+    def _terms(self, o: Any, values: Values) -> tuple[Values, list[Values], list[Values]]:
+        """Of each lane: its maximum, its terms, their sum."""
         job = self.job
         lanes = job.split(values)
         maxima = o.reduce(job.group, larger, [maximum(o, lane) for lane in lanes])
-        if job.op == SOFTMAX:
-            held = [terms(o, lane, m) for lane, m in zip(lanes, maxima, strict=True)]
-            sums = o.reduce(
-                job.group, add_totals, [part for lane in held for part in total(o, lane)]
-            )
-            made = []
-            for i, (lane, m) in enumerate(zip(held, maxima, strict=True)):
-                inverse = _scalars.reciprocal(o, m, *sums[2 * i : 2 * i + 2])
-                made.append([_scalars.softmax(o, term, *inverse) for term in lane])
-            return job.together(made)
-        pairs: Values = []
-        for lane, m in zip(lanes, maxima, strict=True):
-            pairs += push(o, empty(o, job.parts), lane, m)
-        pairs = self._reduce_pairs(o, pairs)
+        held = [terms(o, lane, m) for lane, m in zip(lanes, maxima, strict=True)]
+        sums = o.reduce(job.group, add_totals, [part for lane in held for part in total(o, lane)])
+        return maxima, held, each_pair(sums, 2)
+
+    def _softmax(self, o: Any, values: Values) -> Values:
         made = []
-        for lane, pair in zip(lanes, each_pair(pairs, job.parts), strict=True):
-            needs = finish(o, job.op, pair)
+        for m, lane, sums in zip(*self._terms(o, values), strict=True):
+            inverse = _scalars.reciprocal(o, m, *sums)
+            made.append([_scalars.softmax(o, term, *inverse) for term in lane])
+        return self.job.together(made)
+
+    # The logarithms want the sum of all terms but one largest, to its last bit: m, s and c of each
+    # lane, and whether they are not good enough.
+
+    def _sums(self, o: Any, values: Values) -> Values:
+        """From the sum of all terms."""
+        job = self.job
+        additions = job.vectors * (job.width if job.along else 1) + job.deep.bit_length()
+        found: Values = []
+        maxima, _, totals = self._terms(o, values)
+        for m, sums in zip(maxima, totals, strict=True):
+            found += [m, *rest(o, job.op, m, sums, additions)]
+        return found
+
+    def _careful_sums(self, o: Any, values: Values, sums: Values) -> Values:
+        """With the largest terms counted instead, for lanes that want it."""
+        job = self.job
+        known = each_pair(sums, 4)
+        pairs: Values = []
+        # This is rare. What it has in common with the first sum is computed again: kept until here,
+        # it would take twice the registers.
+        values = [o.opaque(v) for v in values]
+        for lane, (m, *_) in zip(job.split(values), known, strict=True):
+            pairs += push(o, empty(o, job.parts), lane, o.opaque(m))
+        found: Values = []
+        for (m, s, c, small), pair in zip(
+            known, each_pair(self._reduce_pairs(o, pairs), job.parts), strict=True
+        ):
+            better = _scalars.with_equals(o, *pair)
+            again = small > o.const(0.0)
+            found += [m, o.where(again, better[0], s), o.where(again, better[1], c), small]
+        return found
+
+    def _anywhere(self, o: Any, sums: Values) -> Values:
+        """1 if any lane of the block wants careful sums."""
+        wanted = functools.reduce(o.larger, sums[3::4])
+        return [o.anywhere(wanted)]
+
+    def _logarithms(self, o: Any, values: Values, sums: Values) -> Values:
+        job, made = self.job, []
+        for lane, (m, s, c, _) in zip(job.split(values), each_pair(sums, 4), strict=True):
+            needs = finish_rest(o, job.op, m, s, c)
             made.append(needs if job.op == LOGSUMEXP else answers(o, job.op, lane, needs))
         return [v for lane in made for v in lane] if job.op == LOGSUMEXP else job.together(made)
 
@@ -423,8 +477,9 @@ def _position(job: Job) -> Callable[..., Any]:
 
 def _whole(job: Job) -> Callable[..., None]:
     f, position = Functions(job), _position(job)
-    load, store, whole, store_lanes = f.load, f.store, f.whole, f.store_lanes
-    cluster_barrier = f.cluster_barrier
+    load, store, store_lanes, cluster_barrier = f.load, f.store, f.store_lanes, f.cluster_barrier
+    softmax, sums, careful_sums = f.softmax, f.sums, f.careful_sums
+    anywhere, logarithms, exponentials = f.anywhere, f.logarithms, job.op == SOFTMAX
     along, width, advance, clusters = job.along, job.width, job.advance, job.group.blocks > 1
     size, out_size, reduces = job.form.itemsize, job.out_form.itemsize, job.op == LOGSUMEXP
 
@@ -437,7 +492,13 @@ def _whole(job: Job) -> Callable[..., None]:
         limit = n if edge > 0 else 0
         address = x + index * x_outer + column * size + first * x_n
         values = load(address, advance * x_n, first, limit, edge)
-        results = whole(values)
+        if exponentials:
+            results = softmax(values)
+        else:
+            known = sums(values)
+            if anywhere(known)[0] > 0:
+                known = careful_sums(values, known)
+            results = logarithms(values, known)
         address = out + index * out_outer + column * out_size
         if reduces:
             store_lanes(address, edge if before == 0 else 0, results)

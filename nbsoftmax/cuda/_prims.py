@@ -71,6 +71,12 @@ class Device(_llvm.Arithmetic):
         kind = ir.FunctionType(result, [a.type for a in arguments])
         return self.b.call(ir.InlineAsm(kind, text, constraints, side_effect=effect), arguments)
 
+    def opaque(self, value: _llvm.Vector) -> _llvm.Vector:
+        """The same number, of which the compiler knows nothing."""
+        letter, bits = ("f", 32) if self.real.itemsize == 4 else ("d", 64)
+        text, constraints = f"mov.f{bits} $0, $1;", f"={letter},{letter}"
+        return _llvm.Vector(self, self._assembly(text, constraints, self.type, [value.value], True))
+
     # -- between threads ------------------------------------------------------------------------
 
     def shuffle(self, value: _llvm.Vector, step: int) -> _llvm.Vector:
@@ -105,6 +111,15 @@ class Device(_llvm.Arithmetic):
             values = self._through_cluster(group, values)
             values = self._butterfly(group.across, group.blocks, join, values)
         return values
+
+    def anywhere(self, wanted: _llvm.Vector) -> _llvm.Vector:
+        """1 if it is 1 in any thread of the block, else 0."""
+        b = self.b
+        kind = ir.FunctionType(I32, [I32])
+        function = cgutils.get_or_insert_function(b.module, kind, "llvm.nvvm.barrier0.or")
+        flag = b.zext((wanted > self.const(0.0)).value, I32)
+        found = b.icmp_unsigned("!=", b.call(function, [flag]), ir.Constant(I32, 0))
+        return self.where(_llvm.Vector(self, found), self.const(1.0), self.const(0.0))
 
     def _butterfly(self, step: int, count: int, join: Join, values: list[Value]) -> list[Value]:
         for _ in range(count.bit_length() - 1):
@@ -336,16 +351,12 @@ class Simulated(_plain.Operations):
         """As the device's, from the values of all threads at once."""
         if group.deep * group.blocks == 1:
             return values
-        thread: Any = threading.current_thread()
-        slots = thread._manager.__dict__.setdefault("slots", {})
-        me = thread.threadIdx
-        turn = thread.turn = getattr(thread, "turn", 0) + 1  # so that no value is overwritten
-        slots[turn, me.y, me.x] = values
-        thread.syncthreads()
+        slots = self._exchanged(values)
+        me = threading.current_thread().threadIdx  # type: ignore[attr-defined]
         within = me.x % group.threads
         start, beside = me.x - within, within % group.across
         held = [
-            slots[turn, block, start + beside + behind * group.across]
+            slots[block, start + beside + behind * group.across]
             for block in range(group.blocks)
             for behind in range(group.deep)
         ]
@@ -353,6 +364,22 @@ class Simulated(_plain.Operations):
         while len(columns[0]) > 1:
             columns = join(self, [c[::2] for c in columns], [c[1::2] for c in columns])
         return [c[0] for c in columns]
+
+    def _exchanged(self, values: list[Value]) -> dict[tuple[int, int], list[Value]]:
+        """What all threads of the block hold, by their numbers."""
+        thread: Any = threading.current_thread()
+        turn = thread.turn = getattr(thread, "turn", -1) + 1  # so that no value is overwritten
+        turns = thread._manager.__dict__.setdefault("turns", {})
+        slots: dict[tuple[int, int], list[Value]] = turns.setdefault(turn, {})
+        slots[thread.threadIdx.y, thread.threadIdx.x] = values
+        thread.syncthreads()
+        return slots
+
+    def opaque(self, value: Value) -> Value:
+        return value
+
+    def anywhere(self, wanted: Value) -> Value:
+        return max(value for (value,) in self._exchanged([wanted]).values())
 
     def cluster_barrier(self) -> None:
         threading.current_thread().syncthreads()  # type: ignore[attr-defined]
