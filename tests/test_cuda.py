@@ -1,5 +1,7 @@
 """What only arrays on a device can do, and every trap in every regime there."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -77,6 +79,16 @@ def test_a_full_reduction_stays_on_the_device():
         result = nbsoftmax.logsumexp(cuda_arrays.put(np.zeros((2, 2))))
     assert not isinstance(result, np.generic)
     assert result.shape == ()
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (12,), (3,), (3, 4, 1), ()])
+@pytest.mark.parametrize("op", cases.OPS)
+def test_out_of_another_shape_is_refused(op, shape):
+    out = np.zeros(shape)
+    if op == "logsumexp" and shape == (3,):
+        out = np.zeros((1, 3))
+    with pytest.raises(ValueError, match=f"out has shape {re.escape(str(out.shape))}"):
+        CUDA(op, np.zeros((3, 4)), 1, out=out)
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "complex128"])

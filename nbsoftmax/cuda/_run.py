@@ -169,8 +169,10 @@ def run(
                     return _new(call, device, x, a)
             else:
                 to = _arrays.view(out, "out", device.stream_number)
-                strides = None if op == LOGSUMEXP else to.strides
-                call = _call(*geometry, strides, to.address % 16, device.clusters)
+                call = None
+                if op == LOGSUMEXP or to.shape == a.shape:
+                    strides = None if op == LOGSUMEXP else to.strides
+                    call = _call(*geometry, strides, to.address % 16, device.clusters)
                 if call is not None and _fills(call, device, to, a):
                     device.lend(a, to)
                     call.run(device, a.address, to.address)
