@@ -297,6 +297,9 @@ def gpu(theme: dict[str, str]) -> Figure:
     }
     others = sorted({case for case, _ in shares if _other(case)}, key=_order)
     arrays = list(dict.fromkeys(map(_array, others)))
+    numbers = [case.n for case, _ in shares if _many_rows(case)]
+    if not arrays or not numbers:  # as after gpu.py --only
+        raise SystemExit(f"{RESULT.name} has too few cases for a picture; run benchmarks/gpu.py")
     figure = Figure(figsize=(11, 5.4 + 0.24 * len(arrays)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08)  # else 100 touches the next panel's 0
     # Two figures, because the names of the arrays need a margin that the upper panels do not.
@@ -330,7 +333,6 @@ def gpu(theme: dict[str, str]) -> Figure:
         above.set_xlabel("n, elements of a row")
         above.set_ylabel(f"% of {_yardstick(report, op)}")
         below.set_xlabel(f"% of {_yardstick(report, op)}")
-    numbers = [case.n for case, _ in shares if _many_rows(case)]
     _log_ticks(lines[0], min(numbers) / 1.5, max(numbers) * 1.5)
     lines[0].set_ylim(bottom=0)
     dots[0].set_xlim(left=0)
