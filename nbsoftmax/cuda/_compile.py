@@ -73,7 +73,23 @@ def _stamp() -> str:
 def compile_(
     job: Job | Elements, architecture: Architecture, report: bool = False
 ) -> tuple[bytes, str]:
-    """A cubin, and what the assembler says of it if ``report``. Needs neither driver nor device."""
+    """A cubin, and what the assembler says of it if ``report``. Needs neither driver nor device.
+
+    For an architecture that the compiler does not know, that of the nearest one before it: devices
+    run the code of earlier ones of their generation.
+    """
+    major, newest = architecture
+    for minor in range(newest, -1, -1):
+        try:
+            return _compiled(job, (major, minor), report)
+        except (RuntimeError, ValueError) as error:  # the compiler's errors are of both kinds
+            reason = error
+    raise RuntimeError(
+        f"no kernel can be compiled for compute capability {major}.{newest}: {reason}"
+    )
+
+
+def _compiled(job: Job | Elements, architecture: Architecture, report: bool) -> tuple[bytes, str]:
     from cuda.core import Linker, LinkerOptions, ObjectCode
     from numba import cuda
     from numba.cuda import types
@@ -93,7 +109,7 @@ def compile_(
             abi="numba",
             cc=architecture,
             output="ltoir",
-            launch_bounds=job.block,
+            launch_bounds=job.group.block,
         )
         options = LinkerOptions(
             arch=f"sm_{architecture[0]}{architecture[1]}",

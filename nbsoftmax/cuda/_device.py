@@ -111,7 +111,7 @@ class SimulatedDevice:
 
         job, units = prepared
         with lent(self._lent):
-            run = cuda.jit(kernel(job))[units, (job.block, job.group.blocks)]
+            run = cuda.jit(kernel(job))[units, (job.group.block, job.group.blocks)]
             run(*_grouped(job, arguments))
 
     @contextlib.contextmanager
@@ -198,7 +198,7 @@ def _stream(number: int) -> Any:
 
 def _config(job: Job | Elements, units: int) -> Any:
     blocks = job.group.blocks
-    return LaunchConfig(grid=units, block=job.block, cluster=blocks if blocks > 1 else None)
+    return LaunchConfig(grid=units, block=job.group.block, cluster=blocks if blocks > 1 else None)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -23,10 +23,16 @@ class Group:
     across: int
     deep: int  # threads behind each other, of one block
     blocks: int = 1  # a cluster's
+    together: int = 1  # groups of a block
 
     @property
     def threads(self) -> int:
         return self.across * self.deep
+
+    @property
+    def block(self) -> int:
+        """Threads of a block."""
+        return self.threads * self.together
 
     @property
     def lanes(self) -> int:
@@ -51,7 +57,6 @@ class Job:
     vectors: int  # how many times
     access: int  # numbers that x lets it read at once
     out_access: int
-    block: int  # threads
     weighted: bool = False
 
     @property
@@ -95,11 +100,6 @@ class Job:
         """Lane elements of one tile."""
         return self.advance * self.vectors
 
-    @property
-    def items(self) -> int:
-        """Tiles that a block works on at a time."""
-        return self.block // self.group.threads
-
     def split(self, values: Values) -> list[Values]:
         """A thread's numbers by lane."""
         return [values] if self.along else [values[k :: self.width] for k in range(self.width)]
@@ -119,7 +119,7 @@ class Job:
     def name(self) -> str:
         letter = "r" if self.along else "c"
         shape = f"{self.group.across}x{self.group.deep}x{self.group.blocks}"
-        held = f"{self.vectors}x{self.width}a{self.access}a{self.out_access}b{self.block}"
+        held = f"{self.vectors}x{self.width}a{self.access}a{self.out_access}b{self.group.block}"
         op = f"weighted_{self.op}" if self.weighted else self.op
         return f"{op}_{self.stage}_{self.source}_{self.result}_{letter}{shape}_{held}"
 
@@ -139,7 +139,6 @@ class Elements:
     fill: float = 0.0  # for the hidden
     native: bool = True  # byte order of the source, and of the result
     result_native: bool = True
-    block: int = 256
     group: Group = ONE_BLOCK
 
     @property

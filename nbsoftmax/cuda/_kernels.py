@@ -135,9 +135,17 @@ def add_pairs(o: Any, parts: int, p: Values, q: Values) -> Values:
     """Pairs of the same maxima, joined."""
     joined: Values = []
     for one, other in zip(each_pair(p, parts), each_pair(q, parts), strict=True):
-        s, c = _scalars.merge(one[2], one[3], other[2], other[3])
-        decides = [a + b for a, b in zip(one[4:], other[4:], strict=True)]
-        joined += [one[0], one[1] + other[1], s, c, *decides]
+        joined += [one[0], *add_sums(o, parts - 1, one[1:], other[1:])]
+    return joined
+
+
+def add_sums(o: Any, parts: int, p: Values, q: Values) -> Values:
+    """`add_pairs` without the maxima."""
+    joined: Values = []
+    for one, other in zip(each_pair(p, parts), each_pair(q, parts), strict=True):
+        s, c = _scalars.merge(one[1], one[2], other[1], other[2])
+        decides = [a + b for a, b in zip(one[3:], other[3:], strict=True)]
+        joined += [one[0] + other[0], s, c, *decides]
     return joined
 
 
@@ -362,8 +370,17 @@ class Functions:
 
     def _reduce_pairs(self, o: Any, pairs: Values) -> Values:
         """Pairs of the same maxima, of all threads of a group."""
-        parts = self.job.parts
-        return o.reduce(self.job.group, lambda o, p, q: add_pairs(o, parts, p, q), pairs)  # type: ignore[no-any-return]
+        job, size = self.job, self.job.parts - 1
+        pairs_ = each_pair(pairs, job.parts)
+        sums = o.reduce(
+            job.group,
+            lambda o, p, q: add_sums(o, size, p, q),
+            [part for pair in pairs_ for part in pair[1:]],
+        )
+        made: Values = []
+        for pair, parts in zip(pairs_, each_pair(sums, size), strict=True):
+            made += [pair[0], *parts]
+        return made
 
     def _join_pairs(self, o: Any, pairs: Values, others: Values) -> Values:
         return join(o, self.job.parts, pairs, others)
@@ -446,7 +463,7 @@ def kernel(job: "Job | Elements") -> Callable[..., None]:
 
 def _position(job: Job) -> Callable[..., Any]:
     """Where a thread is: its index of outer, first column, columns, and threads before it."""
-    along, width, items = job.along, job.width, job.items
+    along, width, items = job.along, job.width, job.group.together
     across, threads, deep, blocks = (
         job.group.across,
         job.group.threads,
@@ -632,7 +649,7 @@ def _elements(job: Elements) -> Callable[..., None]:
             value = o.where(visible > o.const(job.above), value, o.const(job.fill))
         o.write(out_form, out, [value], live, job.result_native)
 
-    body, block = lifted(copy, form.real), job.block
+    body, block = lifted(copy, form.real), job.group.block
 
     def kernel(
         x: int, mask: int, out: int, count: int,

@@ -30,16 +30,19 @@ class Limits:
     # Columns: (threads behind each other, rows of each).
     columns: tuple[tuple[int, int], ...] = (
         *((1, 1), (1, 2), (1, 4), (2, 4), (4, 4), (8, 4), (8, 8), (16, 4), (16, 8), (32, 4)),
-        *((32, 8), (64, 4), (64, 8), (128, 4)),
+        *((32, 8), (64, 4), (128, 2), (64, 8), (128, 4)),
     )
     # Neighbouring threads beside each other: 128 bytes of every row, where there are so many.
     across: int = 8
     # Numbers that a thread may hold: more would not leave registers for what else it needs.
     held_float32: int = 32
     held_float64: int = 16
-    # One of so many threads has but 64 registers, and float64 takes two for each number.
-    crowd: int = 512
-    crowd_float64: int = 8
+    # Nor may a block hold more than this, whose threads share 65,536 registers: of float64, which
+    # takes two for each number, and of columns of float32 and of 16-bit numbers, each of which has
+    # sums of its own.
+    block_float64: int = 4096
+    block_columns_float32: int = 16384
+    block_columns_float16: int = 8192
     # Tiles of longer lanes.
     long_rows: tuple[int, int] = (256, 4)
     long_columns: tuple[int, int] = (32, 4)
@@ -116,11 +119,9 @@ def plan(
     width = VECTOR_BYTES // itemsize
     held = {4: limits.held_float32, 8: limits.held_float64}[compute_itemsize]
     if inner == 1:
-        crowd = {4: held, 8: limits.crowd_float64}[compute_itemsize]
+        most = limits.block_float64 if compute_itemsize == 8 else 1024 * held
         sizes = [
-            (deep, v)
-            for deep, v in limits.rows
-            if v * width <= (crowd if deep >= limits.crowd else held)
+            (deep, v) for deep, v in limits.rows if v * width <= held and deep * v * width <= most
         ]
         for deep, vectors in sizes:
             if deep * vectors * width >= n:
@@ -135,8 +136,14 @@ def plan(
         return _cut(shape, outer, n, inner, deep * shape.vectors * width)
     width = min(width, 1 << (inner.bit_length() - 1))
     across = min(limits.across, 1 << (-(-inner // width) - 1).bit_length())
+    most = {
+        2: limits.block_columns_float16,
+        4: limits.block_columns_float32,
+        8: limits.block_float64,
+    }[itemsize]
     for deep, vectors in limits.columns:
-        if deep * vectors >= n and vectors * width <= held:
+        numbers = vectors * width
+        if deep * vectors >= n and numbers <= held and across * deep * numbers <= most:
             block = max(deep * across, limits.block)
             return Plan(False, across, deep, 1, vectors, width, block)
     deep, vectors = limits.long_columns

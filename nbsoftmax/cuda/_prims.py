@@ -113,7 +113,11 @@ class Device(_llvm.Arithmetic):
         return values
 
     def anywhere(self, wanted: _llvm.Vector) -> _llvm.Vector:
-        """1 if it is 1 in any thread of the block, else 0."""
+        """1 if it is 1 in any thread of the block, else 0.
+
+        What depends on it may hold barriers of a cluster: then all its blocks must have the same
+        flag, as they have where it follows from values that they have joined.
+        """
         b = self.b
         kind = ir.FunctionType(I32, [I32])
         function = cgutils.get_or_insert_function(b.module, kind, "llvm.nvvm.barrier0.or")
@@ -146,7 +150,7 @@ class Device(_llvm.Arithmetic):
         lane = b.and_(thread, ir.Constant(I32, WARP - 1))
         warp = b.lshr(thread, ir.Constant(I32, 5))
         beside = b.and_(lane, ir.Constant(I32, group.across - 1))
-        memory = self._shared(WARP * count * group.across)
+        memory = self._shared(group.block // WARP * count * group.across)
 
         def at(warp: ir.Value, value: int) -> ir.Value:
             row = b.add(b.mul(warp, ir.Constant(I32, count)), ir.Constant(I32, value))
@@ -191,8 +195,12 @@ class Device(_llvm.Arithmetic):
         return got
 
     def cluster_barrier(self) -> None:
-        for text in ("arrive.release.aligned", "wait.acquire.aligned"):
-            self._assembly(f"barrier.cluster.{text};", "~{memory}", ir.VoidType(), [], True)
+        kind = ir.FunctionType(ir.VoidType(), [])
+        for step in ("arrive.release", "wait.acquire"):
+            text = f"barrier.cluster.{step}.aligned;"
+            assembly = ir.InlineAsm(kind, text, "~{memory}", side_effect=True)
+            # Not to be moved into a branch: all threads of a warp must meet there.
+            self.b.call(assembly, [], attrs=("convergent",))
 
     # -- memory ---------------------------------------------------------------------------------
 
@@ -311,12 +319,15 @@ class Device(_llvm.Arithmetic):
         """A number as it lies in memory."""
         if form.itemsize > self.real.itemsize:
             return self.b.fpext(value.value, form.element)
-        if form.kind == "V" and self.real.itemsize == 8:
-            single = Device(self.b, _scalars.FLOAT32)
-            return form.narrow(
-                single, _llvm.Vector(single, self.b.fptrunc(value.value, single.type))
-            )
-        return form.narrow(self, value)
+        if form.kind != "V":
+            return form.narrow(self, value)
+        single, number = Device(self.b, _scalars.FLOAT32), value.value
+        if self.real.itemsize == 8:
+            number = self.b.fptrunc(number, single.type)
+        rounded = form.narrow(single, _llvm.Vector(single, number))
+        # A GPU's NaN has only ones, which rounding would carry into the sign.
+        nan = self.b.fcmp_unordered("uno", number, number)
+        return self.b.select(nan, ir.Constant(form.element, 0x7FC0), rounded)
 
 
 def _pattern(form: Format, value: float, bits: int) -> str:

@@ -104,11 +104,11 @@ def _call(
     access = _plan.access(plan.width, size, at, row, fold.x_outer if outer > 1 else 0, *steps)
     steps = () if plan.along else (out_n,)
     out_access = _plan.access(plan.width, size, out_at, row, out_outer if outer > 1 else 0, *steps)
-    group = Group(plan.across, plan.deep, plan.clusters)
+    group = Group(plan.across, plan.deep, plan.clusters, plan.items)
 
     def step(stage: str, units: int, *numbers: int) -> Step:
         held = plan.width, plan.vectors, access, 1 if reduces else out_access
-        job = Job(stage, op, format_, format_, plan.along, group, *held, plan.block, weighted)
+        job = Job(stage, op, format_, format_, plan.along, group, *held, weighted)
         return Step(job, units, ADDRESSES[stage], numbers)
 
     units = plan.units(outer, inner)
@@ -267,15 +267,15 @@ class _Request:
 
     # The arguments.
 
-    def _number(self, value: float) -> View:
+    def _number(self, value: float, format_: str) -> View:
         """A number as an array without axes."""
-        held = self._scratch((), "float64")
+        held = self._scratch((), format_)
         self._constant(held, value)
         return held
 
     def _weights(self, b: Any) -> View:
         if isinstance(b, (bool, int, float)):
-            return _broadcast(self._number(float(b)), self.a.shape)
+            return _broadcast(self._number(float(b), "float64"), self.a.shape)
         weights = self._beside(b, "b")
         try:
             shape = np.broadcast_shapes(self.a.shape, weights.shape)
@@ -288,7 +288,7 @@ class _Request:
 
     def _mask(self, where: Any) -> View:
         if isinstance(where, (bool, np.bool_)):
-            return _broadcast(self._number(float(where)), self.a.shape)
+            return _broadcast(self._number(float(where), "float32"), self.a.shape)
         mask = self._beside(where, "where")
         if mask.format != "bool":
             raise TypeError(f"where must be boolean, not of dtype {mask.format}")
@@ -482,7 +482,7 @@ class _Request:
         count = x.size
         addresses = x.address, beside.address, to.address
         arguments = (*addresses, count, *shape, *steps[0], *steps[1], *steps[2])
-        kernel = self.device.prepared(job, -(-count // job.block))
+        kernel = self.device.prepared(job, -(-count // job.group.block))
         self.device.launch(kernel, arguments)
 
 
