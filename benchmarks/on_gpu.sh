@@ -2,7 +2,7 @@
 # Run the CUDA tests and the timings on this machine's GPU, in one go of at most 8 minutes.
 #
 #   benchmarks/on_gpu.sh
-#   PYTHON=~/env/bin/python OUT=/tmp/figures MINUTES=5 TEST_SECONDS=60 benchmarks/on_gpu.sh
+#   PYTHON=~/env/bin/python OUT=figures MINUTES=5 TEST_SECONDS=60 benchmarks/on_gpu.sh
 #
 # Nothing is installed. OUT (benchmarks/results) receives gpu.json and the logs cuda_tests.log and
 # gpu.log. The exit status is 0, or 1 if tests failed, 2 if something could not be timed, 3 for
