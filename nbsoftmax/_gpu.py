@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from nbsoftmax import _check
 from nbsoftmax._check import Array
-from nbsoftmax._timing import Axis
+from nbsoftmax._timing import Axis, Throughput
 
 _ROUNDS = 15
 _CALLS = 10  # of each round, queued behind each other
@@ -41,32 +41,17 @@ def _there_and_back(function: _check.Function, x: Array, axis: int) -> Any:
 
 
 @dataclass(frozen=True)
-class Speed:
+class Speed(Throughput):
     """How long one function takes on one array, and a copy of the array, both on the device."""
 
     shape: tuple[int, ...]
     axis: Axis
     dtype: str
     function: str
-    seconds: float
+    out_s: float
     copy_s: float
     bytes: int  # x read once and the result written once
     copy_bytes: int
-
-    @property
-    def gb_per_s(self) -> float:
-        """Bytes read and written per second, in 10^9."""
-        return self.bytes / self.seconds / 1e9
-
-    @property
-    def percent_of_copy(self) -> float:
-        """Throughput in percent of the copy's."""
-        return 100 * self.bytes / self.seconds / (self.copy_bytes / self.copy_s)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the measured and the derived figures."""
-        derived = ("gb_per_s", "percent_of_copy")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 def measure(x: Array, axis: Axis) -> Iterator[Speed]:

@@ -91,7 +91,7 @@ def print_gpu(
         table.add_row(
             f"{speed_row.shape}, axis {speed_row.axis}, {speed_row.dtype}",
             speed_row.function,
-            _time(speed_row.seconds),
+            _time(speed_row.out_s),
             f"{speed_row.gb_per_s:.0f}",
             f"{speed_row.percent_of_copy:.0f}",
         )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -48,8 +48,33 @@ _MIN_ROUNDS, _MAX_ROUNDS = 3, 25
 _SAMPLE_SECONDS = 1e-3  # calls shorter than this are repeated within one sample
 
 
+class Throughput:
+    """What follows from the bytes and the seconds of a call and of a copy."""
+
+    bytes: int
+    out_s: float
+    copy_bytes: int
+    copy_s: float
+    derived: ClassVar[tuple[str, ...]] = ("gb_per_s", "percent_of_copy")
+
+    @property
+    def gb_per_s(self) -> float:
+        """Bytes read and written per second with out=, in 10^9."""
+        return self.bytes / self.out_s / 1e9
+
+    @property
+    def percent_of_copy(self) -> float:
+        """Throughput with out=, in percent of the copy's."""
+        return 100 * self.bytes / self.out_s / (self.copy_bytes / self.copy_s)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the measured and the derived figures."""
+        figures: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        return figures | {name: getattr(self, name) for name in self.derived}
+
+
 @dataclass(frozen=True)
-class Speed:
+class Speed(Throughput):
     """Median seconds of one call, for one case, dtype and function."""
 
     shape: tuple[int, ...]
@@ -65,25 +90,12 @@ class Speed:
     copy_bytes: int
     rounds: int
 
+    derived: ClassVar[tuple[str, ...]] = ("speed_up", *Throughput.derived)
+
     @property
     def speed_up(self) -> float:
         """SciPy's time over nbsoftmax's, both returning a new array."""
         return self.scipy_s / self.nbsoftmax_s
-
-    @property
-    def gb_per_s(self) -> float:
-        """Bytes read and written per second with out=, in 10^9."""
-        return self.bytes / self.out_s / 1e9
-
-    @property
-    def percent_of_copy(self) -> float:
-        """Throughput with out=, in percent of the copy's."""
-        return 100 * self.bytes / self.out_s / (self.copy_bytes / self.copy_s)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the measured and the derived figures."""
-        derived = ("speed_up", "gb_per_s", "percent_of_copy")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 class Copy:

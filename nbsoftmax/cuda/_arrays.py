@@ -208,7 +208,7 @@ def _torch_view(tensor: Any, name: str, reader: int) -> View:
     stream = _torch_stream(device)
     strides = tuple(step * itemsize for step in tensor.stride())
     shape = tuple(tensor.shape)
-    return View(tensor.data_ptr(), shape, strides, format_, itemsize, device, stream or LEGACY)
+    return View(tensor.data_ptr(), shape, strides, format_, itemsize, device, stream)
 
 
 def _torch_stream(device: int) -> int:

@@ -162,20 +162,15 @@ def run(
     try:
         plain = where is None and b is None and dtype is None and not return_sign and a.native
         if plain and (axis is None or type(axis) is int):
-            geometry = op, a.shape, a.strides, a.format, axis, keepdims, a.address % 16
             if out is None:
+                geometry = op, a.shape, a.strides, a.format, axis, keepdims, a.address % 16
                 call = _call(*geometry, None, 0, device.clusters)
                 if call is not None:
                     return _new(call, device, x, a)
             else:
                 to = _arrays.view(out, "out", device.stream_number)
-                call = None
-                if op == LOGSUMEXP or to.shape == a.shape:
-                    strides = None if op == LOGSUMEXP else to.strides
-                    call = _call(*geometry, strides, to.address % 16, device.clusters)
-                if call is not None and _fills(call, device, to, a):
-                    device.lend(a, to)
-                    call.run(device, a.address, to.address)
+                device.lend(a, to)
+                if _direct(op, a, axis, keepdims, device, to):
                     return out
         request = _Request(op, x, a, device, keepdims, name)
         return request.answer(axis, where, out, dtype, b, bool(return_sign))
@@ -193,6 +188,19 @@ def _new(call: Call, device: Any, x: Any, a: View) -> Any:
         device.lend(a, kind.view(made, "out", 0))
     call.run(device, a.address, address)
     return _arrays.delivered(made)
+
+
+def _direct(op: str, a: View, axis: Any, keepdims: bool, device: Any, to: View) -> bool:
+    """Straight from and to the arrays as they lie, if a kernel can."""
+    if op != LOGSUMEXP and to.shape != a.shape:
+        return False
+    geometry = op, a.shape, a.strides, a.format, axis, keepdims, a.address % 16
+    strides = None if op == LOGSUMEXP else to.strides
+    call = _call(*geometry, strides, to.address % 16, device.clusters)
+    if call is None or not _fills(call, device, to, a):
+        return False
+    call.run(device, a.address, to.address)
+    return True
 
 
 def _fills(call: Call, device: Any, to: View, a: View) -> bool:
@@ -344,19 +352,10 @@ class _Request:
         native = a.native and to.native and a.format == self.result == to.format
         if mask is None and native:
             same = (a.address, a.strides) == (to.address, to.strides)
-            if self._direct(a if same or _apart(a, to) else self._moved(a), to):
+            apart = a if same or _apart(a, to) else self._moved(a)
+            if _direct(self.op, apart, self.axes, self.keepdims, self.device, to):
                 return
         self._packed(to, mask)
-
-    def _direct(self, a: View, to: View) -> bool:
-        """Straight from and to the arrays as they lie, if a kernel can."""
-        geometry = self.op, a.shape, a.strides, a.format, self.axes, self.keepdims, a.address % 16
-        strides = None if self.op == LOGSUMEXP else to.strides
-        call = _call(*geometry, strides, to.address % 16, self.device.clusters)
-        if call is None or not _fills(call, self.device, to, a):
-            return False
-        call.run(self.device, a.address, to.address)
-        return True
 
     def _moved(self, a: View) -> View:
         """A copy that is walked like the original, so that it gives the same bits."""
@@ -392,16 +391,16 @@ class _Request:
         x = self._scratch(a.shape, self.result)
         rows_mask = None if mask is None else self._rows(mask)
         self._copy(a, x, rows_mask, fill=-INFINITY)
-        lanes, n = self._counts()
+        lanes, _ = self._counts()
         y = x if op != LOGSUMEXP else self._scratch((lanes,), self.result)
-        self._on_rows(op, x, y, lanes, n)
+        self._on_rows(op, x, y)
         hidden = None
         if rows_mask is not None and op != LOGSUMEXP:
             # A lane without anything visible is the one whose sum of visible ones is empty.
             seen = self._scratch(a.shape, "float16")
             self._copy(rows_mask, seen, rows_mask, fill=-INFINITY)
             hidden = self._scratch((lanes,), "float16")
-            self._on_rows(LOGSUMEXP, seen, hidden, lanes, n)
+            self._on_rows(LOGSUMEXP, seen, hidden)
         target = self._lanes(to)
         y = y._replace(shape=target.shape, strides=_natural(target.shape, y.itemsize))
         if hidden is not None:
@@ -423,12 +422,9 @@ class _Request:
                 self._copy(by, by, rows_mask, fill=0.0)
         else:
             self._copy(self._rows(weights), by, rows_mask, fill=0.0)
-        lanes, n = self._counts()
+        lanes, _ = self._counts()
         y, sign = self._scratch((lanes,), "float64"), self._scratch((lanes,), "float64")
-        geometry = LOGSUMEXP, (lanes, n), (8 * n, 8), "float64", 1, False, 0, None, 0
-        call = _call(*geometry, self.device.clusters, True)
-        assert call is not None
-        call.run(self.device, x.address, y.address, by.address, sign.address)
+        self._on_rows(LOGSUMEXP, x, y, by.address, sign.address)
         target = self._lanes(to)
         strides = _natural(target.shape, 8)
         y, sign = (v._replace(shape=target.shape, strides=strides) for v in (y, sign))
@@ -443,14 +439,14 @@ class _Request:
         n = _arrays.size_of(tuple(self.a.shape[i] for i in self.axes))
         return self.a.size // n, n
 
-    def _on_rows(self, op: str, x: View, y: View, lanes: int, n: int) -> None:
-        size = x.itemsize
+    def _on_rows(self, op: str, x: View, y: View, weights: int = 0, signs: int = 0) -> None:
+        (lanes, n), size = self._counts(), x.itemsize
         strides = n * size, size
         out_strides = None if op == LOGSUMEXP else strides
         geometry = op, (lanes, n), strides, x.format, 1, False, 0, out_strides, 0
-        call = _call(*geometry, self.device.clusters)
+        call = _call(*geometry, self.device.clusters, bool(weights))
         assert call is not None
-        call.run(self.device, x.address, y.address)
+        call.run(self.device, x.address, y.address, weights, signs)
 
     def _scratch(self, shape: tuple[int, ...], format_: str) -> View:
         """Contiguous memory until the end of the call."""
