@@ -35,11 +35,17 @@ LAYERS: dict[str, set[str]] = {
     "_api": {"_backends", "_semantics"},
     "__init__": {"_api"},
     # Arrays on a CUDA device: loaded by the first one.
-    "cuda.__init__": set(),
+    "cuda.__init__": {"cuda._in_kernels"},
     "cuda._plan": {"_semantics"},
     "cuda._jobs": {"_formats", "_scalars"},
     "cuda._prims": {"_formats", "_llvm", "_plain", "_scalars", "cuda._jobs"},
-    "cuda._kernels": {"_formats", "_scalars", "_semantics", "cuda._jobs", "cuda._prims"},
+    "cuda._lanes": {"_scalars", "_semantics", "cuda._jobs"},
+    "cuda._kernels": {
+        *("_formats", "_scalars", "_semantics", "cuda._jobs", "cuda._lanes", "cuda._prims"),
+    },
+    "cuda._in_kernels": {
+        *("_scalars", "_semantics", "cuda._jobs", "cuda._kernels", "cuda._lanes", "cuda._prims"),
+    },
     "cuda._compile": {"cuda._jobs", "cuda._kernels"},
     "cuda._arrays": {"_formats", "_semantics", "cuda._jobs"},
     "cuda._device": {"cuda._arrays", "cuda._compile", "cuda._jobs", "cuda._kernels", "cuda._prims"},

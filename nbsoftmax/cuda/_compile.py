@@ -61,7 +61,7 @@ def _folder() -> Path:
 def _stamp() -> str:
     """Of all that shapes machine code: our sources and the compilers' versions."""
     here = Path(__file__).parent
-    files = [here / f"_{name}.py" for name in ("compile", "jobs", "kernels", "prims")]
+    files = [here / f"_{name}.py" for name in ("compile", "jobs", "kernels", "lanes", "prims")]
     files += [here.parent / f"_{name}.py" for name in ("formats", "llvm", "scalars", "simd")]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     for package in ("numba-cuda", "llvmlite", "cuda-core", "nvidia-nvvm", "nvidia-nvjitlink"):

@@ -24,6 +24,7 @@ class Group:
     deep: int  # threads behind each other, of one block
     blocks: int = 1  # a cluster's
     together: int = 1  # groups of a block
+    row_of_threads: bool = True  # whether the block has one dimension only
 
     @property
     def threads(self) -> int:
@@ -33,6 +34,15 @@ class Group:
     def block(self) -> int:
         """Threads of a block."""
         return self.threads * self.together
+
+    @property
+    def meets(self) -> bool:
+        """Whether any threads hold the same lanes."""
+        return self.deep * self.blocks > 1
+
+    @property
+    def within_warp(self) -> bool:
+        return self.blocks == 1 and self.threads <= WARP
 
     @property
     def lanes(self) -> int:

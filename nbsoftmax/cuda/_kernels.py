@@ -9,10 +9,6 @@ do:
   block. The first leaves each chunk's pair in scratch memory, the second joins a lane's pairs and
   reads x again. ``reduce``: pairs of a single chunk, made logsumexp at once.
 
-A lane's pair is ``(m, count, s, c)``: its maximum, how many elements equal it, and the sum of the
-other terms in two parts (`_scalars`). With weights ``count`` is their sum, and a fifth part has
-what decides alone: NaN or an infinity if there is one.
-
 Arrays that are not folded, or have a mask, are packed to rows first, and results taken to where
 they belong: `Elements`.
 """
@@ -26,180 +22,10 @@ from numba import cuda
 
 from .. import _scalars
 from .._formats import FORMATS
-from .._semantics import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
+from .._semantics import LOGSUMEXP, SOFTMAX
+from . import _lanes
 from ._jobs import SIMULATED, Elements, Job, Values
-from ._prims import lifted
-
-INFINITY = float("inf")
-
-
-# -- a lane's numbers in registers ----------------------------------------------------------------
-
-
-def maximum(o: Any, values: Values) -> Any:
-    """The largest number. NaNs are passed over: the sum keeps them."""
-    m = o.const(-INFINITY)
-    for x in values:
-        m = o.larger(x, m)
-    return m
-
-
-def larger(o: Any, p: Values, q: Values) -> Values:
-    return [o.larger(a, b) for a, b in zip(p, q, strict=True)]
-
-
-def terms(o: Any, values: Values, m: Any) -> Values:
-    by = _scalars.scale(o, m)
-    return [_scalars.exp(o, _scalars.shifted(o, x, m, by), by) for x in values]
-
-
-def total(o: Any, terms: Values) -> Values:
-    """The sum of terms in two parts."""
-    start = o.const(2.0 ** (o.real.bias + 1))  # more than any term
-    s, c = start, o.const(0.0)
-    for term in terms:
-        s, c = _scalars.add_to_more(s, c, term)
-    return [s - start, c]
-
-
-def add_totals(o: Any, p: Values, q: Values) -> Values:
-    joined: Values = []
-    for i in range(0, len(p), 2):
-        joined += _scalars.merge(p[i], p[i + 1], q[i], q[i + 1])
-    return joined
-
-
-def rest(o: Any, op: str, m: Any, total: Values, additions: int) -> Values:
-    """The sum of all terms but one largest from that of all, and 1 where it is not good enough."""
-    s, c = _scalars.without_one(o, m, *total)
-    # As on the CPU: so many additions each left up to two roundings of the largest term in c.
-    hidden = o.const(additions**2 * 2.0**-o.real.mantissa)
-    least = _scalars.least_for_logsumexp(o, m, hidden) if op == LOGSUMEXP else hidden
-    return [s, c, _scalars.is_small(o, m, s, least)]
-
-
-def push(o: Any, pair: Values, values: Values, m: Any, weights: Values | None = None) -> Values:
-    """A pair of maximum ``m`` with more numbers, none above it."""
-    _, count, s, c, *decides = pair
-    by = _scalars.scale(o, m)
-    one, zero = o.const(1.0), o.const(0.0)
-    for i, x in enumerate(values):
-        weight = one if weights is None else weights[i]
-        equal = x == m
-        near = o.where(equal, by.near, x - by.shift)
-        term, c = _scalars.exp_two_parts(o, near, by, c, equal, weights and weight)
-        s, c = _scalars.add(s, c, term)
-        count = count + o.where(equal, weight, zero)
-        if weights is not None:
-            decides = [decides[0] + _decisive(o, x, weight)]
-    return [m, count, s, c, *decides]
-
-
-def _decisive(o: Any, x: Any, weight: Any) -> Any:
-    """What an element says of its lane's weighted sum alone; else 0."""
-    zero, infinity = o.const(0.0), o.const(INFINITY)
-    infinite = (x == infinity) | (abs(weight) == infinity)
-    nan = o.where(x == x, zero, x) + o.where(weight == weight, zero, weight)
-    return o.where(infinite, weight * infinity, nan)
-
-
-def empty(o: Any, parts: int) -> Values:
-    """The pair of no numbers."""
-    return [o.const(-INFINITY)] + [o.const(0.0)] * (parts - 1)
-
-
-def raised(o: Any, pair: Values, whole: Any) -> Values:
-    """A pair as part of a lane with the maximum ``whole``."""
-    m, count, s, c, *decides = pair
-    same = m == whole
-    by, factor = _scalars.scale(o, whole), _scalars.rescale(o, m, whole)
-    term = _scalars.exp(o, m - by.shift, by)
-    product = count * term
-    rest = o.fma(count, term, o.const(0.0) - product)
-    sum_, low = _scalars.add(product, rest + c * factor, s * factor)
-    zero = o.const(0.0)
-    return [
-        whole,
-        o.where(same, count, zero),
-        o.where(same, s, sum_),
-        o.where(same, c, low),
-        *decides,
-    ]
-
-
-def each_pair(pairs: Values, parts: int) -> list[Values]:
-    return [pairs[i : i + parts] for i in range(0, len(pairs), parts)]
-
-
-def add_pairs(o: Any, parts: int, p: Values, q: Values) -> Values:
-    """Pairs of the same maxima, joined."""
-    joined: Values = []
-    for one, other in zip(each_pair(p, parts), each_pair(q, parts), strict=True):
-        joined += [one[0], *add_sums(o, parts - 1, one[1:], other[1:])]
-    return joined
-
-
-def add_sums(o: Any, parts: int, p: Values, q: Values) -> Values:
-    """`add_pairs` without the maxima."""
-    joined: Values = []
-    for one, other in zip(each_pair(p, parts), each_pair(q, parts), strict=True):
-        s, c = _scalars.merge(one[1], one[2], other[1], other[2])
-        decides = [a + b for a, b in zip(one[3:], other[3:], strict=True)]
-        joined += [one[0] + other[0], s, c, *decides]
-    return joined
-
-
-def join(o: Any, parts: int, p: Values, q: Values) -> Values:
-    """Any pairs, joined."""
-    joined: Values = []
-    for one, other in zip(each_pair(p, parts), each_pair(q, parts), strict=True):
-        m = o.larger(one[0], other[0])
-        joined += add_pairs(o, parts, raised(o, one, m), raised(o, other, m))
-    return joined
-
-
-def finish(o: Any, op: str, pair: Values) -> Values:
-    """What the results of a lane need of its pair; for logsumexp, the result."""
-    m, count, s, c = pair
-    return finish_rest(o, op, m, *_scalars.with_equals(o, m, count, s, c))
-
-
-def finish_rest(o: Any, op: str, m: Any, s: Any, c: Any) -> Values:
-    """`finish` from the sum of all terms but one largest."""
-    if op == SOFTMAX:
-        return [m, *_scalars.reciprocal(o, m, *_scalars.whole(o, m, s, c))]
-    if op == LOGSUMEXP:
-        return [_scalars.logsumexp(o, m, s, c)]
-    return [m, _scalars.log_sum(o, m, s, c)[0]]
-
-
-def finish_weighted(o: Any, pair: Values) -> Values:
-    """The logarithm of the magnitude of a lane's weighted sum, and its sign."""
-    m, count, s, c, decides = pair
-    zero, one, infinity = o.const(0.0), o.const(1.0), o.const(INFINITY)
-    s, c = _scalars.with_largest(o, m, count, s, c)
-    value, sign = _scalars.log_weighted(o, m, s, c)
-    nothing = m == o.const(-INFINITY)
-    value, sign = o.where(nothing, m, value), o.where(nothing, zero, sign)
-    # 0 leaves it as it is; a NaN is neither.
-    calm = decides == zero
-    direction = o.where(decides > zero, one, o.where(decides < zero, o.const(-1.0), decides))
-    return [
-        o.where(calm, value, o.where(abs(decides) == infinity, infinity, decides)),
-        o.where(calm, sign, direction),
-    ]
-
-
-def answers(o: Any, op: str, values: Values, needs: Values) -> Values:
-    """A lane's results from its numbers."""
-    m = needs[0]
-    if op == SOFTMAX:
-        return [_scalars.softmax(o, term, *needs[1:]) for term in terms(o, values, m)]
-    return [_scalars.log_softmax(x, m, needs[1]) for x in values]
-
-
-NEEDS = {SOFTMAX: 3, LOG_SOFTMAX: 2, LOGSUMEXP: 1}  # numbers
-
+from ._prims import device_function, lifted
 
 # -- what kernels call ----------------------------------------------------------------------------
 
@@ -230,7 +56,7 @@ class Functions:
         self.join_pairs = function(self._join_pairs, pairs)
         self.load_pairs = function(self._load_pairs, pairs)
         self.store_pairs = function(self._store_pairs)
-        self.finish_lanes = function(self._finish_lanes, lanes * NEEDS[job.op])
+        self.finish_lanes = function(self._finish_lanes, lanes * _lanes.NEEDS[job.op])
         self.finish_values = function(self._finish_values, lanes)
         self.finish_signs = function(self._finish_signs, lanes)
         self.apply = function(self._apply, held)
@@ -255,7 +81,7 @@ class Functions:
                     yield place, o.all_of([o.below(at, limit), o.above(edge, k)])
 
     def _load(self, o: Any, address: Any, step: Any, first: Any, limit: Any, edge: Any) -> Values:
-        return self._tile(o, self._places(o, address, step, first, limit, edge), -INFINITY)
+        return self._tile(o, self._places(o, address, step, first, limit, edge), -_lanes.INFINITY)
 
     def _load_weights(
         self, o: Any, address: Any, step: Any, first: Any, limit: Any, edge: Any
@@ -282,10 +108,12 @@ class Functions:
         """Of each lane: its maximum, its terms, their sum."""
         job = self.job
         lanes = job.split(values)
-        maxima = o.reduce(job.group, larger, [maximum(o, lane) for lane in lanes])
-        held = [terms(o, lane, m) for lane, m in zip(lanes, maxima, strict=True)]
-        sums = o.reduce(job.group, add_totals, [part for lane in held for part in total(o, lane)])
-        return maxima, held, each_pair(sums, 2)
+        maxima = o.reduce(job.group, _lanes.larger, [_lanes.maximum(o, lane) for lane in lanes])
+        held = [_lanes.terms(o, lane, m) for lane, m in zip(lanes, maxima, strict=True)]
+        sums = o.reduce(
+            job.group, _lanes.add_totals, [part for lane in held for part in _lanes.total(o, lane)]
+        )
+        return maxima, held, _lanes.each_pair(sums, 2)
 
     def _softmax(self, o: Any, values: Values) -> Values:
         made = []
@@ -304,22 +132,24 @@ class Functions:
         found: Values = []
         maxima, _, totals = self._terms(o, values)
         for m, sums in zip(maxima, totals, strict=True):
-            found += [m, *rest(o, job.op, m, sums, additions)]
+            found += [m, *_lanes.rest(o, job.op, m, sums, additions)]
         return found
 
     def _careful_sums(self, o: Any, values: Values, sums: Values) -> Values:
         """With the largest terms counted instead, for lanes that want it."""
         job = self.job
-        known = each_pair(sums, 4)
+        known = _lanes.each_pair(sums, 4)
         pairs: Values = []
         # This is rare. What it has in common with the first sum is computed again: kept until here,
         # it would take twice the registers.
         values = [o.opaque(v) for v in values]
         for lane, (m, *_) in zip(job.split(values), known, strict=True):
-            pairs += push(o, empty(o, job.parts), lane, o.opaque(m))
+            pairs += _lanes.push(o, _lanes.empty(o, job.parts), lane, o.opaque(m))
         found: Values = []
         for (m, s, c, small), pair in zip(
-            known, each_pair(self._reduce_pairs(o, pairs), job.parts), strict=True
+            known,
+            _lanes.each_pair(_lanes.reduced(o, job.group, job.parts, pairs), job.parts),
+            strict=True,
         ):
             better = _scalars.with_equals(o, *pair)
             again = small > o.const(0.0)
@@ -327,63 +157,41 @@ class Functions:
         return found
 
     def _anywhere(self, o: Any, sums: Values) -> Values:
-        """1 if any lane of the block wants careful sums."""
+        """1 if any lane of the threads that sum together wants careful sums."""
         wanted = functools.reduce(o.larger, sums[3::4])
-        return [o.anywhere(wanted)]
+        return [o.anywhere(wanted, self.job.group)]
 
     def _logarithms(self, o: Any, values: Values, sums: Values) -> Values:
         job, made = self.job, []
-        for lane, (m, s, c, _) in zip(job.split(values), each_pair(sums, 4), strict=True):
-            needs = finish_rest(o, job.op, m, s, c)
-            made.append(needs if job.op == LOGSUMEXP else answers(o, job.op, lane, needs))
+        for lane, (m, s, c, _) in zip(job.split(values), _lanes.each_pair(sums, 4), strict=True):
+            needs = _lanes.finish_rest(o, job.op, m, s, c)
+            made.append(needs if job.op == LOGSUMEXP else _lanes.answers(o, job.op, lane, needs))
         return [v for lane in made for v in lane] if job.op == LOGSUMEXP else job.together(made)
 
     # Tiles of lanes that are longer.
 
     def _no_pairs(self, o: Any) -> Values:
-        return empty(o, self.job.parts) * self.job.lanes
+        return _lanes.empty(o, self.job.parts) * self.job.lanes
 
     def _push_tile(self, o: Any, pairs: Values, values: Values) -> Values:
         pushed: Values = []
-        pairs_ = each_pair(pairs, self.job.parts)
+        pairs_ = _lanes.each_pair(pairs, self.job.parts)
         for pair, lane in zip(pairs_, self.job.split(values), strict=True):
-            m = o.larger(maximum(o, lane), pair[0])
-            pushed += push(o, raised(o, pair, m), lane, m)
+            pushed += _lanes.grown(o, pair, lane)
         return pushed
 
     def _push_weighted(self, o: Any, pairs: Values, values: Values, weights: Values) -> Values:
         """Of one lane. A weight of 0 hides its number, and -inf its weight."""
-        zero, least = o.const(0.0), o.const(-INFINITY)
+        zero, least = o.const(0.0), o.const(-_lanes.INFINITY)
         values = [o.where(w == zero, least, x) for x, w in zip(values, weights, strict=True)]
         weights = [o.where(x == least, zero, w) for x, w in zip(values, weights, strict=True)]
-        m = o.larger(maximum(o, values), pairs[0])
-        return push(o, raised(o, pairs, m), values, m, weights)
+        return _lanes.grown(o, pairs, values, weights)
 
     def _share_pairs(self, o: Any, pairs: Values) -> Values:
-        """Of all threads of a group."""
-        pairs_ = each_pair(pairs, self.job.parts)
-        maxima = o.reduce(self.job.group, larger, [pair[0] for pair in pairs_])
-        same: Values = []
-        for pair, m in zip(pairs_, maxima, strict=True):
-            same += raised(o, pair, m)
-        return self._reduce_pairs(o, same)
-
-    def _reduce_pairs(self, o: Any, pairs: Values) -> Values:
-        """Pairs of the same maxima, of all threads of a group."""
-        job, size = self.job, self.job.parts - 1
-        pairs_ = each_pair(pairs, job.parts)
-        sums = o.reduce(
-            job.group,
-            lambda o, p, q: add_sums(o, size, p, q),
-            [part for pair in pairs_ for part in pair[1:]],
-        )
-        made: Values = []
-        for pair, parts in zip(pairs_, each_pair(sums, size), strict=True):
-            made += [pair[0], *parts]
-        return made
+        return _lanes.shared(o, self.job.group, self.job.parts, pairs)
 
     def _join_pairs(self, o: Any, pairs: Values, others: Values) -> Values:
-        return join(o, self.job.parts, pairs, others)
+        return _lanes.join(o, self.job.parts, pairs, others)
 
     def _pair_places(self, o: Any, address: Any, plane: Any, edge: Any) -> Any:
         """Where the parts of pairs lie: one plane for all maxima, and so on."""
@@ -397,7 +205,7 @@ class Functions:
     def _load_pairs(self, o: Any, address: Any, plane: Any, edge: Any) -> Values:
         values = []
         for place, live, part in self._pair_places(o, address, plane, edge):
-            fill = 0.0 if part else -INFINITY
+            fill = 0.0 if part else -_lanes.INFINITY
             values += o.read(self.job.pair_form, place, 1, live, fill)
         return values
 
@@ -408,24 +216,26 @@ class Functions:
 
     def _finish_lanes(self, o: Any, pairs: Values) -> Values:
         made: Values = []
-        for pair in each_pair(pairs, self.job.parts):
-            made += finish(o, self.job.op, pair)
+        for pair in _lanes.each_pair(pairs, self.job.parts):
+            made += _lanes.finish(o, self.job.op, pair)
         return made
 
     def _finish_values(self, o: Any, pairs: Values) -> Values:
-        pairs_ = each_pair(pairs, self.job.parts)
+        pairs_ = _lanes.each_pair(pairs, self.job.parts)
         if self.job.weighted:
-            return [finish_weighted(o, pair)[0] for pair in pairs_]
-        return [finish(o, LOGSUMEXP, pair)[0] for pair in pairs_]
+            return [_lanes.finish_weighted(o, pair)[0] for pair in pairs_]
+        return [_lanes.finish(o, LOGSUMEXP, pair)[0] for pair in pairs_]
 
     def _finish_signs(self, o: Any, pairs: Values) -> Values:
-        return [finish_weighted(o, pair)[1] for pair in each_pair(pairs, self.job.parts)]
+        return [
+            _lanes.finish_weighted(o, pair)[1] for pair in _lanes.each_pair(pairs, self.job.parts)
+        ]
 
     def _apply(self, o: Any, values: Values, needs: Values) -> Values:
         job = self.job
         size = len(needs) // job.lanes
         lanes = [
-            answers(o, job.op, lane, needs[size * i : size * (i + 1)])
+            _lanes.answers(o, job.op, lane, needs[size * i : size * (i + 1)])
             for i, lane in enumerate(job.split(values))
         ]
         return job.together(lanes)
@@ -492,11 +302,26 @@ def _position(job: Job) -> Callable[..., Any]:
     return position
 
 
+def in_registers(f: Functions) -> Callable[..., Any]:
+    """The results of a lane from the numbers of it that a thread holds."""
+    sums, careful_sums, anywhere, logarithms = f.sums, f.careful_sums, f.anywhere, f.logarithms
+    if f.job.op == SOFTMAX:
+        return f.softmax
+
+    @device_function
+    def results(values: Any) -> Any:
+        known = sums(values)
+        if anywhere(known)[0] > 0:
+            known = careful_sums(values, known)
+        return logarithms(values, known)
+
+    return results
+
+
 def _whole(job: Job) -> Callable[..., None]:
     f, position = Functions(job), _position(job)
     load, store, store_lanes, cluster_barrier = f.load, f.store, f.store_lanes, f.cluster_barrier
-    softmax, sums, careful_sums = f.softmax, f.sums, f.careful_sums
-    anywhere, logarithms, exponentials = f.anywhere, f.logarithms, job.op == SOFTMAX
+    results_of = in_registers(f)
     along, width, advance, clusters = job.along, job.width, job.advance, job.group.blocks > 1
     size, out_size, reduces = job.form.itemsize, job.out_form.itemsize, job.op == LOGSUMEXP
 
@@ -509,13 +334,7 @@ def _whole(job: Job) -> Callable[..., None]:
         limit = n if edge > 0 else 0
         address = x + index * x_outer + column * size + first * x_n
         values = load(address, advance * x_n, first, limit, edge)
-        if exponentials:
-            results = softmax(values)
-        else:
-            known = sums(values)
-            if anywhere(known)[0] > 0:
-                known = careful_sums(values, known)
-            results = logarithms(values, known)
+        results = results_of(values)
         address = out + index * out_outer + column * out_size
         if reduces:
             store_lanes(address, edge if before == 0 else 0, results)

@@ -14,11 +14,13 @@ import functools
 import inspect
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from numba import cuda
 from numba.core import cgutils
 
 from .. import _llvm, _plain, _scalars
@@ -55,6 +57,16 @@ class Device(_llvm.Arithmetic):
         kind = ir.FunctionType(I32, [])
         name = f"llvm.nvvm.read.ptx.sreg.{name}"
         return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), [])
+
+    def _thread(self, group: Group) -> ir.Value:
+        """The number of this thread within its block."""
+        b, number = self.b, self._register("tid.x")
+        if group.row_of_threads:
+            return number
+        for behind, size in (("y", ("x",)), ("z", ("x", "y"))):
+            count = functools.reduce(b.mul, [self._register(f"ntid.{axis}") for axis in size])
+            number = b.add(number, b.mul(self._register(f"tid.{behind}"), count))
+        return number
 
     def _barrier(self) -> None:
         kind = ir.FunctionType(ir.VoidType(), [])
@@ -112,17 +124,26 @@ class Device(_llvm.Arithmetic):
             values = self._butterfly(group.across, group.blocks, join, values)
         return values
 
-    def anywhere(self, wanted: _llvm.Vector) -> _llvm.Vector:
-        """1 if it is 1 in any thread of the block, else 0.
+    def anywhere(self, wanted: _llvm.Vector, group: Group) -> _llvm.Vector:
+        """1 if it is 1 in any thread that this one may meet if so, else 0.
 
         What depends on it may hold barriers of a cluster: then all its blocks must have the same
         flag, as they have where it follows from values that they have joined.
         """
-        b = self.b
-        kind = ir.FunctionType(I32, [I32])
-        function = cgutils.get_or_insert_function(b.module, kind, "llvm.nvvm.barrier0.or")
-        flag = b.zext((wanted > self.const(0.0)).value, I32)
-        found = b.icmp_unsigned("!=", b.call(function, [flag]), ir.Constant(I32, 0))
+        if not group.meets:
+            return wanted
+        b, flag = self.b, (wanted > self.const(0.0)).value
+        if group.within_warp:
+            one_bit = ir.IntType(1)
+            kind = ir.FunctionType(one_bit, [I32, one_bit])
+            function = cgutils.get_or_insert_function(b.module, kind, "llvm.nvvm.vote.any.sync")
+            found = b.call(function, [ir.Constant(I32, -1), flag])
+        else:
+            kind = ir.FunctionType(I32, [I32])
+            function = cgutils.get_or_insert_function(b.module, kind, "llvm.nvvm.barrier0.or")
+            found = b.icmp_unsigned(
+                "!=", b.call(function, [b.zext(flag, I32)]), ir.Constant(I32, 0)
+            )
         return self.where(_llvm.Vector(self, found), self.const(1.0), self.const(0.0))
 
     def _butterfly(self, step: int, count: int, join: Join, values: list[Value]) -> list[Value]:
@@ -146,7 +167,7 @@ class Device(_llvm.Arithmetic):
     def _through_block(self, group: Group, values: list[Value]) -> list[list[Value]]:
         """What the warps of this thread's group hold: a list for each that this lane reads."""
         b, count = self.b, len(values)
-        thread = self._register("tid.x")
+        thread = self._thread(group)
         lane = b.and_(thread, ir.Constant(I32, WARP - 1))
         warp = b.lshr(thread, ir.Constant(I32, 5))
         beside = b.and_(lane, ir.Constant(I32, group.across - 1))
@@ -360,14 +381,14 @@ class Simulated(_plain.Operations):
 
     def reduce(self, group: Group, join: Join, values: list[Value]) -> list[Value]:
         """As the device's, from the values of all threads at once."""
-        if group.deep * group.blocks == 1:
+        if not group.meets:
             return values
-        slots = self._exchanged(values)
-        me = threading.current_thread().threadIdx  # type: ignore[attr-defined]
-        within = me.x % group.threads
-        start, beside = me.x - within, within % group.across
+        slots = self._exchanged(values, group)
+        me = threading.current_thread().thread_id % group.block  # type: ignore[attr-defined]
+        within = me % group.threads
+        start, beside = me - within, within % group.across
         held = [
-            slots[block, start + beside + behind * group.across]
+            slots[block * group.block + start + beside + behind * group.across]
             for block in range(group.blocks)
             for behind in range(group.deep)
         ]
@@ -376,21 +397,33 @@ class Simulated(_plain.Operations):
             columns = join(self, [c[::2] for c in columns], [c[1::2] for c in columns])
         return [c[0] for c in columns]
 
-    def _exchanged(self, values: list[Value]) -> dict[tuple[int, int], list[Value]]:
-        """What all threads of the block hold, by their numbers."""
+    def _exchanged(self, values: list[Value], group: Group) -> dict[int, list[Value]]:
+        """What all threads of the group hold, or if it is more than a warp of the block."""
         thread: Any = threading.current_thread()
-        turn = thread.turn = getattr(thread, "turn", -1) + 1  # so that no value is overwritten
-        turns = thread._manager.__dict__.setdefault("turns", {})
-        slots: dict[tuple[int, int], list[Value]] = turns.setdefault(turn, {})
-        slots[thread.threadIdx.y, thread.threadIdx.x] = values
-        thread.syncthreads()
+        who = (group.threads, thread.thread_id // group.threads) if group.within_warp else None
+        turns = thread.__dict__.setdefault("turns", Counter())
+        turns[who] += 1  # so that no value is overwritten
+        meetings = thread._manager.__dict__.setdefault("meetings", {})
+        slots, complete = meetings.setdefault((who, turns[who]), ({}, threading.Event()))
+        slots[thread.thread_id] = values
+        if who is None:
+            thread.syncthreads()
+            return slots
+        # Not the simulator's barrier, which is the block's: other warps may be elsewhere.
+        if len(slots) == group.threads:
+            complete.set()
+        while not complete.wait(0.1):
+            if thread.abort:
+                raise RuntimeError("another thread of the block failed")
         return slots
 
     def opaque(self, value: Value) -> Value:
         return value
 
-    def anywhere(self, wanted: Value) -> Value:
-        return max(value for (value,) in self._exchanged([wanted]).values())
+    def anywhere(self, wanted: Value, group: Group) -> Value:
+        if not group.meets:
+            return wanted
+        return max(value for (value,) in self._exchanged([wanted], group).values())
 
     def cluster_barrier(self) -> None:
         threading.current_thread().syncthreads()  # type: ignore[attr-defined]
@@ -472,20 +505,47 @@ def _memory(form: Format, address: int, count: int) -> np.ndarray[Any, Any]:
     return np.frombuffer(bytes_, np.uint16 if form.kind == "V" else form.name)
 
 
+# -- what kernels and device functions share ------------------------------------------------------
+
+
+def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What kernels may call, compiled with them."""
+    return function if SIMULATED else cuda.jit(device=True)(function)
+
+
+def _thread_number() -> int:
+    """The number of this thread within its block, of whatever shape."""
+    behind = cuda.threadIdx.y + cuda.blockDim.y * cuda.threadIdx.z
+    return np.int64(cuda.threadIdx.x + cuda.blockDim.x * behind)
+
+
+def _simulated_thread_number() -> int:
+    # Not by way of the module `cuda`, which is another one while a kernel of its file runs.
+    return int(threading.current_thread().thread_id)  # type: ignore[attr-defined]
+
+
+thread_number = _simulated_thread_number if SIMULATED else device_function(_thread_number)
+
+
 # -- functions of a machine -----------------------------------------------------------------------
 
 
 def lifted(
-    function: Callable[..., Any], real: _scalars.Real, results: int = 0
+    function: Callable[..., Any],
+    real: _scalars.Real,
+    results: int = 0,
+    named: type[tuple[Any, ...]] | None = None,
+    converts: bool = False,
 ) -> Callable[..., Any]:
     """A function ``(o, ...)`` for kernels to call, without the ``o``.
 
-    Its arguments are integers and tuples of numbers or integers (lists for the function); it
-    returns so many numbers, as a tuple, or nothing.
+    Its arguments are integers and tuples of numbers or integers (lists for the function); if it
+    ``converts``, tuples of anything that can be made such numbers. It returns so many numbers, as a
+    tuple or a named one, or nothing.
     """
     if SIMULATED:
-        return _in_simulator(function, _simulated(real))
-    return _on_device(function, real, results)
+        return _in_simulator(function, _simulated(real), named, converts)
+    return _on_device(function, real, results, named, converts)
 
 
 @functools.cache
@@ -493,41 +553,70 @@ def _simulated(real: _scalars.Real) -> Simulated:
     return Simulated(real)
 
 
-def _in_simulator(function: Callable[..., Any], o: Simulated) -> Callable[..., Any]:
+def _in_simulator(
+    function: Callable[..., Any],
+    o: Simulated,
+    named: type[tuple[Any, ...]] | None,
+    converts: bool,
+) -> Callable[..., Any]:
+    def held(argument: Any) -> Any:
+        if not isinstance(argument, tuple):
+            return int(argument)
+        return [o.const(v) for v in argument] if converts else list(argument)
+
     def call(*arguments: Any) -> Any:
-        given = (list(a) if isinstance(a, tuple) else int(a) for a in arguments)
+        given = (held(a) for a in arguments)
         with np.errstate(all="ignore"):
             result = function(o, *given)
-        return None if result is None else tuple(result)
+        if result is None:
+            return None
+        return tuple(result) if named is None else named(*result)
 
     return call
 
 
 def _on_device(
-    function: Callable[..., Any], real: _scalars.Real, results: int
+    function: Callable[..., Any],
+    real: _scalars.Real,
+    results: int,
+    named: type[tuple[Any, ...]] | None,
+    converts: bool,
 ) -> Callable[..., Any]:
     from numba.cuda import types
     from numba.cuda.extending import intrinsic
 
     number = getattr(types, real.name)
-    result = types.UniTuple(number, results) if results else types.void
+    result = types.void
+    if named is not None:
+        result = types.NamedUniTuple(number, results, named)
+    elif results:
+        result = types.UniTuple(number, results)
 
     def typed(context: Any, *arguments: Any) -> Any:
         kinds = [a if isinstance(a, types.BaseTuple) else types.int64 for a in arguments]
 
-        def held(o: Device, kind: Any, value: Any) -> Any:
+        def held(target: Any, o: Device, kind: Any, value: Any) -> Any:
             if not isinstance(kind, types.BaseTuple):
                 return value
             parts = cgutils.unpack_tuple(o.b, value)
-            return parts if kind.dtype == types.int64 else [_llvm.Vector(o, v) for v in parts]
+            if converts:
+                parts = [
+                    target.cast(o.b, part, given, number)
+                    for part, given in zip(parts, kind, strict=True)
+                ]
+            elif kind.dtype == types.int64:
+                return parts
+            return [_llvm.Vector(o, v) for v in parts]
 
-        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        def generate(target: Any, builder: Any, signature: Any, values: Any) -> Any:
             o = Device(builder, real)
-            given = (held(o, kind, value) for kind, value in zip(kinds, values, strict=True))
+            given = (
+                held(target, o, kind, value) for kind, value in zip(kinds, values, strict=True)
+            )
             made = function(o, *given)
             if not results:
-                return context.get_dummy_value()
-            return context.make_tuple(builder, signature.return_type, [v.value for v in made])
+                return target.get_dummy_value()
+            return target.make_tuple(builder, signature.return_type, [v.value for v in made])
 
         return result(*kinds), generate
 
