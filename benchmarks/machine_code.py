@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -20,10 +19,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cuda.pathfinder import find_nvidia_binary_utility
 from rich.console import Console
 from rich.table import Table
 
+import sass
 from nbsoftmax._formats import FORMATS
 from nbsoftmax.cuda import _compile, _run
 from nbsoftmax.cuda._device import CLUSTERS
@@ -81,47 +80,50 @@ class Code:
     instructions: int
 
 
+def jobs_of(op: str, dtype: str, shape: tuple[int, int, int]) -> list[Job]:
+    """List the kernels that a call on an array of its own launches."""
+    size = FORMATS[dtype].itemsize
+    _, n, inner = shape
+    strides = n * inner * size, inner * size, size
+    call = _run._call(op, shape, strides, dtype, 1, False, 0, None, 0, True)
+    if call is None:
+        raise ValueError(f"no kernel takes {shape} as it lies")
+    return [step.job for step in call.steps]
+
+
 def jobs() -> list[Job | Elements]:
     """List the kernels of all cases, each once."""
     found: dict[Job | Elements, None] = {}
-    for op, dtype, shape in CASES:
-        size = FORMATS[dtype].itemsize
-        _, n, inner = shape
-        strides = n * inner * size, inner * size, size
-        call = _run._call(op, shape, strides, dtype, 1, False, 0, None, 0, True)
-        if call is None:
-            raise ValueError(f"no kernel takes {shape} as it lies")
-        found.update(dict.fromkeys(step.job for step in call.steps))
+    for case in CASES:
+        found.update(dict.fromkeys(jobs_of(*case)))
     row = _run._call("logsumexp", (9, 99), (792, 8), "float64", 1, False, 0, None, 0, True, True)
     assert row is not None
     found.update(dict.fromkeys(step.job for step in row.steps))
     return [*found, *ELEMENTS]
 
 
-def read(job: Job | Elements, architecture: tuple[int, int], keep: Path) -> Code:
-    """Compile a kernel and count what its machine code holds."""
+def disassembled(
+    job: Job | Elements, architecture: tuple[int, int], keep: Path
+) -> tuple[list[sass.Instruction], str]:
+    """Compile a kernel; return its instructions, and what the assembler says of it."""
     cubin, said = _compile.compile_(job, architecture, report=True)
     file = keep / f"{job.name}.sm{architecture[0]}{architecture[1]}.cubin"
     file.write_bytes(cubin)
-    disassembler = find_nvidia_binary_utility("nvdisasm")
-    if disassembler is None:
-        raise SystemExit("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
-    text = subprocess.run(
-        [disassembler, "-c", file], capture_output=True, text=True, check=True
-    ).stdout
-    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
-    count = Counter(lines)
+    (function,) = sass.disassemble(file).values()
+    return function, said
+
+
+def read(job: Job | Elements, architecture: tuple[int, int], keep: Path) -> Code:
+    """Compile a kernel and count what its machine code holds."""
+    function, said = disassembled(job, architecture, keep)
+    count = Counter(instruction.opcode for instruction in function)
 
     def number(pattern: str) -> int:
         return sum(n for name, n in count.items() if re.match(pattern, name))
 
-    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    registers = re.search(r"Used (\d+) registers", said)
-    if spilled is None or registers is None:
-        raise RuntimeError(f"the assembler does not say what {job.name} needs: {said}")
     return Code(
-        int(registers[1]),
-        int(spilled[1]) + int(spilled[2]),
+        sass.registers(said),
+        sass.spilled(said),
         number(r"LDL|STL"),
         number(r"LDG.*\.128"),
         number(r"STG.*\.128"),
