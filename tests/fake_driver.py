@@ -276,7 +276,7 @@ def raises(kinds, *words):
 
 
 def at_once(functions):
-    """Call functions in as many threads; the first error if there is one."""
+    """Call functions in as many threads, which change often; the first error if there is one."""
     barrier, errors = threading.Barrier(len(functions)), []
 
     def work(function):
@@ -287,10 +287,13 @@ def at_once(functions):
             errors.append(error)
 
     threads = [threading.Thread(target=work, args=(function,)) for function in functions]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    sys.setswitchinterval(interval)
     if errors:
         raise errors[0]
 

@@ -4,6 +4,7 @@ Each test's body runs in a process of its own, in which `fake_driver.c` takes th
 records what is asked of it. Kernels are compiled, loaded and launched, but not run.
 """
 
+import collections
 import contextlib
 import ctypes
 import functools
@@ -12,6 +13,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -635,6 +637,7 @@ def forget_kernels():
     from nbsoftmax.cuda import _device
 
     _device._loaded.cache_clear()
+    _device._load.cache_clear()
 
 
 def compiles():
@@ -716,6 +719,90 @@ def test_many_threads_with_streams_of_their_own_do_not_mix():
         assert launch.device == i % 2
     assert len(seen.launches) >= 8 * 50 * 3
     assert all(block.stream == block.freed_on for block in seen.blocks)
+
+
+@in_child()
+def test_calls_of_one_thread_on_many_streams_and_devices_do_not_mix():
+    import nbsoftmax
+
+    places = [(make_stream(device), device) for device in (0, 1, 0, 1)]
+    places += [(stream, device) for stream in (LEGACY, PER_THREAD) for device in (0, 1)]
+    long = [Array((2, 300_000), device=device) for _, device in places]
+    masks = [Array((2, 300_000), "?", device=device) for _, device in places]
+    make_current(0)
+    for (stream, device), x, mask in [*zip(places, long, masks, strict=True)] * 2:
+        clear()
+        kept = nbsoftmax.softmax(x, axis=-1, where=mask, stream=stream)
+        seen = records()
+        assert {(launch.stream, launch.device) for launch in seen.launches} == {(stream, device)}
+        assert {(block.stream, block.device) for block in seen.blocks} == {(stream, device)}
+        assert {block.freed_on for block in seen.blocks} == {stream, None}
+        assert not seen.faults
+        assert current() == 0
+        del kept
+
+
+@in_child(cache="once")
+def test_many_threads_at_once_compile_and_load_each_kernel_once():
+    from nbsoftmax.cuda import _compile, _device
+
+    compiled, compile_ = collections.Counter(), _compile.compile_
+
+    def counted(job, architecture, report=False):
+        compiled[job, architecture] += 1
+        time.sleep(0.01)  # for others to come upon it
+        return compile_(job, architecture, report)
+
+    _compile.compile_ = counted
+    calls = [call for call, _ in variety().values()]
+    clear()
+    at_once(calls * 3)
+    assert len(compiled) > len(calls)
+    assert set(compiled.values()) == {1}
+    kernels = _device._load.cache_info().currsize  # some of which share their code
+    assert records().calls["cuLibraryLoadData"] == kernels >= len(compiled)
+
+
+@in_child()
+def test_every_thread_keeps_its_current_device():
+    import nbsoftmax
+
+    arrays = [Array((30, 1000), device=device) for device in (0, 1)]
+    long = [Array((2, 300_000), device=device) for device in (0, 1)]
+
+    def work(now):
+        if now is not None:
+            make_current(now)
+        for x in [*arrays, *long] * 20:
+            nbsoftmax.softmax(x, axis=-1)
+            assert current() == now
+            nbsoftmax.logsumexp(x, axis=-1, b=x)
+            assert current() == now
+
+    at_once([functools.partial(work, now) for now in (0, 1, None) * 3])
+    seen = records()
+    assert not seen.live
+    assert not seen.faults
+
+
+@in_child()
+def test_other_threads_compile_for_their_own_device_meanwhile():
+    from numba.cuda import dispatcher
+
+    from nbsoftmax.cuda import _compile
+
+    def compute_capability():
+        return tuple(dispatcher.get_current_device().compute_capability)
+
+    seen = []
+    make_current(0)
+    with _compile._without_a_device((7, 5)):
+        assert compute_capability() == (7, 5)
+        thread = threading.Thread(target=lambda: seen.append(compute_capability()))
+        thread.start()
+        thread.join()
+    assert seen == [(9, 0)]
+    assert compute_capability() == (9, 0)
 
 
 # -- other libraries' arrays: stand-ins -----------------------------------------------------------

@@ -128,8 +128,12 @@ def _without_a_device(architecture: Architecture) -> Iterator[None]:
     class Device:
         compute_capability = architecture
 
+    def current() -> Any:  # other threads may be at work with kernels of their own
+        return Device() if threading.get_ident() == compiling else before()
+
+    compiling = threading.get_ident()
     before = dispatcher.get_current_device
-    dispatcher.get_current_device = Device
+    dispatcher.get_current_device = current
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from ._arrays import LEGACY, PER_THREAD, View
 from ._jobs import SIMULATED, Elements, Job
 
 CLUSTERS = (9, 0)  # architectures that have thread-block clusters, and later ones
+_loading = threading.RLock()
 
 
 class Device:
@@ -203,7 +205,13 @@ def _config(job: Job | Elements, units: int) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def _loaded(job: Job | Elements, number: int) -> Any:
-    """A kernel on a device."""
+    """A kernel on a device: loaded once for all threads. None waits for what is there."""
+    with _loading:
+        return _load(job, number)
+
+
+@functools.lru_cache(maxsize=1024)
+def _load(job: Job | Elements, number: int) -> Any:
     from . import _compile
 
     device = _core_device(number)

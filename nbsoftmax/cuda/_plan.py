@@ -65,7 +65,10 @@ def on_change(forget: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def using(**changes: object) -> Iterator[Limits]:
-    """Other limits for a while: for tests that lead small arrays into every regime."""
+    """Other limits for a while: for tests that lead small arrays into every regime.
+
+    For all threads: none may be at work when they change.
+    """
     global LIMITS
     before = LIMITS
     LIMITS = dataclasses.replace(before, **changes)  # type: ignore[arg-type]
