@@ -3,7 +3,9 @@
  * Two devices, of compute capability 9.0 and 8.0. Their memory is the host's and is never used
  * twice; kernels are not run but recorded. What a driver would refuse is refused with its error
  * code, and what it would take and do wrong (work for a device other than the one that holds the
- * memory, memory freed twice) is recorded as a fault.
+ * memory, memory freed twice) is recorded as a fault. While a stream is captured, its kernels and
+ * memory become nodes of a graph, what a capture forbids is refused and ends it, and a graph's launch
+ * does again what was captured. Of a graph there is one stream: events join no other to a capture.
  *
  * Build: gcc -shared -fPIC -o libcuda.so.1 fake_driver.c
  * Environment: FAKE_CUDA_FAIL=FUNCTION:N:CODE lets the N-th call fail, or every one for N = 0.
@@ -34,7 +36,9 @@ typedef unsigned long long Pointer;
 enum {
     OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100,
     INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NO_BINARY_FOR_GPU = 209,
-    INVALID_HANDLE = 400, NOT_FOUND = 500, LAUNCH_FAILED = 719, INVALID_CLUSTER_SIZE = 912,
+    INVALID_HANDLE = 400, ILLEGAL_STATE = 401, NOT_FOUND = 500, LAUNCH_FAILED = 719,
+    CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_ISOLATION = 905,
+    CAPTURE_IMPLICIT = 906, CAPTURE_WRONG_THREAD = 908, INVALID_CLUSTER_SIZE = 912,
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -107,7 +111,8 @@ static Result leave(Result code) { pthread_mutex_unlock(&lock); return code; }
 
 typedef struct { int device; long retained; } Context;
 typedef struct { int device; } Pool;
-typedef struct { int device, alive, priority; unsigned flags; } Stream;
+typedef struct Capture Capture;
+typedef struct { int device, alive, priority; unsigned flags; Capture *capture; } Stream;
 
 static Context contexts[DEVICES] = {{0, 0}, {1, 0}};
 static Pool pools[DEVICES] = {{0}, {1}};
@@ -235,10 +240,118 @@ static Result context_of(Stream *s, Context **c) {
     return OK;
 }
 
+/* -- captures ----------------------------------------------------------------------------------- */
+
+typedef struct Node Node;
+typedef struct { Node *nodes; size_t count, room; } Graph;
+struct Capture { Stream *stream; Graph *graph; int mode, valid; long thread; uint64_t id; Capture *next; };
+enum { GLOBAL, THREAD_LOCAL, RELAXED };
+#define NON_BLOCKING 1
+
+static Capture *captures;
+static __thread int thread_mode = GLOBAL;
+static __thread Stream per_thread;
+
+static long this_thread(void) { return syscall(SYS_gettid); }
+
+static Capture *capture_of(Stream *s) {
+    if ((uintptr_t)s == PER_THREAD) return per_thread.capture;
+    return numbered(s) ? NULL : s->capture;
+}
+
+/* Whether this thread may do what is potentially unsafe while streams are captured. */
+static Result unsafe(void) {
+    Result wrong = OK;
+    if (thread_mode == RELAXED) return OK;
+    for (Capture *c = captures; c; c = c->next) {
+        int own = c->thread == this_thread() && c->mode != RELAXED;
+        if (!own && (thread_mode != GLOBAL || c->mode != GLOBAL)) continue;
+        c->valid = 0;
+        wrong = CAPTURE_UNSUPPORTED;
+    }
+    return wrong;
+}
+#define UNSAFE do { Result wrong_ = unsafe(); if (wrong_) return leave(wrong_); } while (0)
+
+/* Before anything is queued: the default stream would have to wait for a blocking one's capture. */
+static Result queue_on(Stream *s) {
+    Capture *own = capture_of(s);
+    if (own) return own->valid ? OK : CAPTURE_INVALIDATED;
+    Result wrong = OK;
+    if ((uintptr_t)s <= LEGACY)
+        for (Capture *c = captures; c; c = c->next) {
+            if (c->stream->flags & NON_BLOCKING || c->stream->device != current_device()) continue;
+            c->valid = 0;
+            wrong = CAPTURE_IMPLICIT;
+        }
+    return wrong;
+}
+
+/* What can be no node of a graph, and ends a stream's capture. */
+static Result not_captured(Stream *s, Result code) {
+    Result wrong = queue_on(s);
+    if (wrong || !capture_of(s)) return wrong;
+    capture_of(s)->valid = 0;
+    return code;
+}
+#define NOT_CAPTURED(s, code) \
+    do { Result wrong_ = not_captured(s, code); if (wrong_) return leave(wrong_); } while (0)
+
+PUBLIC Result cuThreadExchangeStreamCaptureMode(int *mode) {
+    ENTER;
+    int before = thread_mode;
+    if (*mode < GLOBAL || *mode > RELAXED) RETURN(INVALID_VALUE);
+    thread_mode = *mode;
+    *mode = before;
+    RETURN(OK);
+}
+PUBLIC Result cuStreamBeginCapture_v2(Stream *s, int mode) {
+    ENTER;
+    static uint64_t ids;
+    Context *context;
+    Result wrong = context_of(s, &context);
+    if (wrong) RETURN(wrong);
+    if ((uintptr_t)s <= LEGACY) RETURN(CAPTURE_UNSUPPORTED);
+    if (capture_of(s)) RETURN(ILLEGAL_STATE);
+    if ((uintptr_t)s == PER_THREAD) {
+        s = &per_thread;
+        s->device = context->device;
+    }
+    Graph *graph = calloc(1, sizeof *graph);
+    s->capture = malloc(sizeof *s->capture);
+    *s->capture = (Capture){s, graph, mode, 1, this_thread(), ++ids, captures};
+    captures = s->capture;
+    RETURN(OK);
+}
+static Result capture_status(Stream *s, int *status) {
+    for (Capture *c = captures; c && (uintptr_t)s <= LEGACY; c = c->next)
+        if (!(c->stream->flags & NON_BLOCKING) && c->stream->device == current_device())
+            return CAPTURE_IMPLICIT;
+    Capture *c = capture_of(s);
+    *status = !c ? 0 : c->valid ? 1 : 2;
+    return OK;
+}
+PUBLIC Result cuStreamIsCapturing(Stream *s, int *status) { ENTER; RETURN(capture_status(s, status)); }
+PUBLIC Result cuStreamGetCaptureInfo_v3(Stream *s, int *status, uint64_t *id, Graph **graph,
+                                        const void **nodes, const void **edges, size_t *count) {
+    ENTER;
+    Result wrong = capture_status(s, status);
+    if (wrong) RETURN(wrong);
+    Capture *c = capture_of(s);
+    if (id) *id = c ? c->id : 0;
+    if (graph) *graph = c ? c->graph : NULL;
+    if (nodes) *nodes = NULL;
+    if (edges) *edges = NULL;
+    if (count) *count = 0;
+    RETURN(OK);
+}
+
+/* -- streams ------------------------------------------------------------------------------------- */
+
 static Result make_stream(Stream **s, unsigned flags, int priority) {
     if (!current()) return INVALID_CONTEXT;
     *s = malloc(sizeof **s);
-    **s = (Stream){current_device(), 1, priority, flags};
+    **s = (Stream){current_device(), 1, priority, flags, NULL};
     return OK;
 }
 PUBLIC Result cuStreamCreate(Stream **s, unsigned flags) { ENTER; RETURN(make_stream(s, flags, 0)); }
@@ -267,14 +380,34 @@ PUBLIC Result cuStreamGetPriority(Stream *s, int *p) {
 }
 PUBLIC Result cuStreamGetFlags(Stream *s, unsigned *f) { ENTER; *f = numbered(s) ? 0 : s->flags; RETURN(OK); }
 PUBLIC Result cuStreamGetId(Stream *s, uint64_t *id) { ENTER; *id = (uintptr_t)s; RETURN(OK); }
-PUBLIC Result cuStreamQuery(Stream *s) { ENTER; RETURN(OK); }
-PUBLIC Result cuStreamWaitEvent(Stream *s, void *event, unsigned flags) { ENTER; RETURN(OK); }
-PUBLIC Result cuStreamIsCapturing(Stream *s, int *status) { ENTER; *status = 0; RETURN(OK); }
-PUBLIC Result cuStreamSynchronize(Stream *s) { ENTER; RETURN(OK); }
-PUBLIC Result cuCtxSynchronize(void) { ENTER; RETURN(OK); }
+PUBLIC Result cuStreamQuery(Stream *s) { ENTER; NOT_CAPTURED(s, CAPTURE_UNSUPPORTED); RETURN(OK); }
+PUBLIC Result cuStreamWaitEvent(Stream *s, void *event, unsigned flags) {
+    ENTER;
+    NOT_CAPTURED(s, CAPTURE_ISOLATION);
+    RETURN(OK);
+}
+PUBLIC Result cuStreamSynchronize(Stream *s) {
+    ENTER;
+    NOT_CAPTURED(s, CAPTURE_UNSUPPORTED);
+    RETURN(OK);
+}
+PUBLIC Result cuCtxSynchronize(void) {
+    ENTER;
+    Result wrong = OK;
+    for (Capture *c = captures; c; c = c->next) {
+        if (c->stream->device != current_device()) continue;
+        c->valid = 0;
+        wrong = CAPTURE_UNSUPPORTED;
+    }
+    RETURN(wrong);
+}
 PUBLIC Result cuEventCreate(void **e, unsigned flags) { ENTER; *e = malloc(1); RETURN(OK); }
 PUBLIC Result cuEventDestroy_v2(void *e) { ENTER; free(e); RETURN(OK); }
-PUBLIC Result cuEventRecord(void *e, Stream *s) { ENTER; RETURN(OK); }
+PUBLIC Result cuEventRecord(void *e, Stream *s) {
+    ENTER;
+    NOT_CAPTURED(s, CAPTURE_UNSUPPORTED);
+    RETURN(OK);
+}
 PUBLIC Result cuEventQuery(void *e) { ENTER; RETURN(OK); }
 PUBLIC Result cuEventSynchronize(void *e) { ENTER; RETURN(OK); }
 
@@ -285,6 +418,7 @@ typedef struct {
     size_t size;
     uintptr_t stream, freed_on;
     int pooled, freed, given; /* given: by a test, as its own array */
+    const Graph *graph;       /* in which it is a node */
 } Block;
 
 static struct { Pointer base, next; Block *blocks; size_t count, room; } arenas[DEVICES];
@@ -305,7 +439,7 @@ static Result take(int device, size_t size, uintptr_t stream, int pooled, int gi
         a->blocks = realloc(a->blocks, a->room * sizeof *a->blocks);
         if (!a->blocks) abort();
     }
-    a->blocks[a->count++] = (Block){a->next, size, stream, 0, pooled, 0, given};
+    a->blocks[a->count++] = (Block){a->next, size, stream, 0, pooled, 0, given, NULL};
     *p = a->next;
     a->next += whole;
     return OK;
@@ -343,12 +477,31 @@ static Result give_back(Pointer p, uintptr_t stream) {
     return OK;
 }
 
+/* The graph to which what is queued on a stream belongs; NULL: it is done at once. */
+static Graph *graph_of(Stream *s) { return capture_of(s) ? capture_of(s)->graph : NULL; }
+
+struct Node {
+    enum { KERNEL, ALLOC, FREE } kind;
+    Pointer address; /* of memory */
+    struct Launch *launch;
+};
+
+static void add_node(Graph *g, Node node) {
+    if (g->count == g->room) {
+        g->room = 2 * g->room + 16;
+        g->nodes = realloc(g->nodes, g->room * sizeof *g->nodes);
+        if (!g->nodes) abort();
+    }
+    g->nodes[g->count++] = node;
+}
+
 PUBLIC Result cuMemAlloc_v2(Pointer *p, size_t n) {
     ENTER;
+    UNSAFE;
     if (!current()) RETURN(INVALID_CONTEXT);
     RETURN(take(current_device(), n, 0, 0, 0, p));
 }
-PUBLIC Result cuMemFree_v2(Pointer p) { ENTER; RETURN(give_back(p, 0)); }
+PUBLIC Result cuMemFree_v2(Pointer p) { ENTER; UNSAFE; RETURN(give_back(p, 0)); }
 
 static Result take_async(int device, size_t n, Stream *s, Pointer *p) {
     Context *c;
@@ -356,23 +509,42 @@ static Result take_async(int device, size_t n, Stream *s, Pointer *p) {
     if (wrong) return wrong;
     if (device < 0) device = c->device;
     if (c->device != device) FAULT("memory of device %d on a stream of device %d", device, c->device);
-    return take(device, n, (uintptr_t)s, 1, 0, p);
+    if ((wrong = queue_on(s))) return wrong;
+    Graph *graph = graph_of(s);
+    wrong = take(device, n, (uintptr_t)s, 1, 0, p);
+    if (wrong || !graph) return wrong;
+    block_of(*p)->graph = graph;
+    add_node(graph, (Node){ALLOC, *p, NULL});
+    return OK;
+}
+
+static Result free_async(Pointer p, Stream *s) {
+    Context *c;
+    Result wrong = context_of(s, &c);
+    if (wrong || (wrong = queue_on(s))) return wrong;
+    Graph *graph = graph_of(s);
+    if (graph) {
+        Block *b = block_of(p);
+        if (!b || b->graph != graph) {
+            FAULT("%#llx freed in a graph that did not make it", p);
+            capture_of(s)->valid = 0;
+            return INVALID_VALUE;
+        }
+    }
+    wrong = give_back(p, (uintptr_t)s);
+    if (!wrong && graph) add_node(graph, (Node){FREE, p, NULL});
+    return wrong;
 }
 PUBLIC Result cuMemAllocAsync(Pointer *p, size_t n, Stream *s) { ENTER; RETURN(take_async(-1, n, s, p)); }
 PUBLIC Result cuMemAllocFromPoolAsync(Pointer *p, size_t n, Pool *pool, Stream *s) {
     ENTER;
     RETURN(take_async(pool->device, n, s, p));
 }
-PUBLIC Result cuMemFreeAsync(Pointer p, Stream *s) {
-    ENTER;
-    Context *c;
-    Result wrong = context_of(s, &c);
-    RETURN(wrong ? wrong : give_back(p, (uintptr_t)s));
-}
+PUBLIC Result cuMemFreeAsync(Pointer p, Stream *s) { ENTER; RETURN(free_async(p, s)); }
 PUBLIC Result cuDeviceGetDefaultMemPool(Pool **p, int d) { ENTER; *p = &pools[d]; RETURN(OK); }
 PUBLIC Result cuDeviceGetMemPool(Pool **p, int d) { ENTER; *p = &pools[d]; RETURN(OK); }
-PUBLIC Result cuMemPoolGetAttribute(Pool *p, int a, uint64_t *v) { ENTER; *v = 0; RETURN(OK); }
-PUBLIC Result cuMemPoolSetAttribute(Pool *p, int a, uint64_t *v) { ENTER; RETURN(OK); }
+PUBLIC Result cuMemPoolGetAttribute(Pool *p, int a, uint64_t *v) { ENTER; UNSAFE; *v = 0; RETURN(OK); }
+PUBLIC Result cuMemPoolSetAttribute(Pool *p, int a, uint64_t *v) { ENTER; UNSAFE; RETURN(OK); }
 PUBLIC Result cuMemPoolDestroy(Pool *p) { ENTER; RETURN(OK); }
 PUBLIC Result cuMemPoolGetAccess(int *flags, Pool *p, const int *location) {
     ENTER;
@@ -423,12 +595,15 @@ PUBLIC Result cuPointerGetAttributes(unsigned n, int *attributes, void **to, Poi
 
 #define COPY(name, more) \
     PUBLIC Result name(Pointer a, Pointer b, size_t n more) { \
-        ENTER; memcpy((void *)a, (void *)b, n); RETURN(OK); }
+        ENTER; CHECKED; memcpy((void *)a, (void *)b, n); RETURN(OK); }
 #define ON_STREAM , Stream *s
+#define CHECKED UNSAFE
 COPY(cuMemcpyHtoD_v2, )
 COPY(cuMemcpyDtoH_v2, )
 COPY(cuMemcpyDtoD_v2, )
 COPY(cuMemcpy, )
+#undef CHECKED
+#define CHECKED NOT_CAPTURED(s, CAPTURE_UNSUPPORTED) /* no node of ours */
 COPY(cuMemcpyHtoDAsync_v2, ON_STREAM)
 COPY(cuMemcpyDtoHAsync_v2, ON_STREAM)
 COPY(cuMemcpyDtoDAsync_v2, ON_STREAM)
@@ -459,6 +634,7 @@ static int parameters(const unsigned char *p, size_t n) {
 PUBLIC Result cuLibraryLoadData(Kernel **library, const void *image, void *a, void *b, unsigned n,
                                 void *c, void *d, unsigned m) {
     ENTER;
+    UNSAFE;
     const Elf64_Ehdr *elf = image;
     if (memcmp(elf->e_ident, ELFMAG, SELFMAG)) RETURN(INVALID_IMAGE);
     const char *bytes = image;
@@ -477,7 +653,7 @@ PUBLIC Result cuLibraryLoadData(Kernel **library, const void *image, void *a, vo
     *library = k;
     RETURN(OK);
 }
-PUBLIC Result cuLibraryUnload(Kernel *k) { ENTER; RETURN(OK); }
+PUBLIC Result cuLibraryUnload(Kernel *k) { ENTER; UNSAFE; RETURN(OK); }
 PUBLIC Result cuLibraryGetKernel(Kernel **k, Kernel *library, const char *name) {
     ENTER;
     if (strcmp(name, library->name)) RETURN(NOT_FOUND);
@@ -504,10 +680,40 @@ typedef struct {
 } Config;
 #define CLUSTER_DIMENSION 4
 
+struct Launch {
+    Config config;
+    unsigned cluster;
+    int device;
+    Kernel *kernel;
+    const Graph *graph;
+    Pointer values[MAX_ARGUMENTS];
+};
+
+/* A kernel runs, as far as it does here. */
+static void run(const struct Launch *l) {
+    if (!recording) return;
+    Text *t = &launches;
+    const unsigned *g = l->config.grid, *b = l->config.block;
+    append(t, "%s{\"kernel\":\"%s\",\"grid\":[%u,%u,%u],\"block\":[%u,%u,%u],\"cluster\":%u,",
+           t->size ? "," : "", l->kernel->name, g[0], g[1], g[2], b[0], b[1], b[2], l->cluster);
+    append(t, "\"stream\":%llu,\"device\":%d,\"current\":%d,\"thread\":%ld,\"arguments\":[",
+           (Pointer)l->config.stream, l->device, current_device(), this_thread());
+    for (int i = 0; i < l->kernel->arguments; i++) {
+        Pointer value = l->values[i];
+        append(t, "%s%lld", i ? "," : "", (long long)value);
+        int d = device_of(value);
+        if (d >= 0 && d != l->device) FAULT("work on device %d, memory of device %d", l->device, d);
+        Block *block = d < 0 ? NULL : block_of(value);
+        if (block && block->freed) FAULT("a kernel is given freed memory");
+        if (block && block->graph && block->graph != l->graph) FAULT("memory of another graph");
+    }
+    append(t, "]}");
+}
+
 static Result launch(const Config *config, Kernel *k, void **arguments) {
     Context *c;
     Result wrong = context_of(config->stream, &c);
-    if (wrong) return wrong;
+    if (wrong || (wrong = queue_on(config->stream))) return wrong;
     const unsigned *g = config->grid, *b = config->block;
     unsigned cluster = 1;
     for (unsigned i = 0; i < config->count; i++)
@@ -519,21 +725,13 @@ static Result launch(const Config *config, Kernel *k, void **arguments) {
     const int *has = capability[c->device];
     if (cluster > 1 && has[0] < 9) return INVALID_VALUE;
     if (k->major != has[0] || k->minor > has[1]) return NO_BINARY_FOR_GPU;
-    if (!recording) return OK;
-    Text *t = &launches;
-    append(t, "%s{\"kernel\":\"%s\",\"grid\":[%u,%u,%u],\"block\":[%u,%u,%u],\"cluster\":%u,",
-           t->size ? "," : "", k->name, g[0], g[1], g[2], b[0], b[1], b[2], cluster);
-    append(t, "\"stream\":%llu,\"device\":%d,\"current\":%d,\"thread\":%ld,\"arguments\":[",
-           (Pointer)config->stream, c->device, current_device(), syscall(SYS_gettid));
-    for (int i = 0; i < k->arguments; i++) {
-        Pointer value = *(Pointer *)arguments[i];
-        append(t, "%s%lld", i ? "," : "", (long long)value);
-        int d = device_of(value);
-        if (d >= 0 && d != c->device) FAULT("work on device %d, memory of device %d", c->device, d);
-        Block *block = d < 0 ? NULL : block_of(value);
-        if (block && block->freed) FAULT("a kernel is given freed memory");
-    }
-    append(t, "]}");
+    struct Launch l = {*config, cluster, c->device, k, graph_of(config->stream), {0}};
+    for (int i = 0; i < k->arguments; i++) l.values[i] = *(Pointer *)arguments[i];
+    if (l.graph) {
+        struct Launch *kept = malloc(sizeof *kept);
+        *kept = l;
+        add_node(graph_of(config->stream), (Node){KERNEL, 0, kept});
+    } else run(&l);
     return OK;
 }
 PUBLIC Result cuLaunchKernelEx(const Config *config, Kernel *k, void **arguments, void **extra) {
@@ -545,6 +743,60 @@ PUBLIC Result cuLaunchKernel(Kernel *k, unsigned gx, unsigned gy, unsigned gz, u
     ENTER;
     Config config = {{gx, gy, gz}, {bx, by, bz}, shared, s, NULL, 0};
     RETURN(launch(&config, k, arguments));
+}
+
+/* -- graphs, each of which is its own executable one ------------------------------------------------- */
+
+PUBLIC Result cuStreamEndCapture(Stream *s, Graph **graph) {
+    ENTER;
+    *graph = NULL;
+    Capture *c = capture_of(s);
+    if (!c) RETURN(ILLEGAL_STATE);
+    if (c->mode != RELAXED && c->thread != this_thread()) {
+        c->valid = 0;
+        RETURN(CAPTURE_WRONG_THREAD);
+    }
+    Capture **place = &captures;
+    while (*place != c) place = &(*place)->next;
+    *place = c->next;
+    c->stream->capture = NULL;
+    for (size_t i = 0; i < c->graph->count; i++) /* nothing was made yet */
+        if (c->graph->nodes[i].kind == ALLOC) block_of(c->graph->nodes[i].address)->freed = 1;
+    if (c->valid) *graph = c->graph;
+    RETURN(c->valid ? OK : CAPTURE_INVALIDATED);
+}
+PUBLIC Result cuGraphDestroy(Graph *g) { ENTER; RETURN(OK); }
+PUBLIC Result cuGraphInstantiateWithParams(Graph **exec, Graph *g, void *parameters) {
+    ENTER;
+    *exec = g;
+    RETURN(OK);
+}
+PUBLIC Result cuGraphRetainUserObject(Graph *g, void *o, unsigned n, unsigned f) { ENTER; RETURN(OK); }
+PUBLIC Result cuGraphReleaseUserObject(Graph *g, void *o, unsigned n) { ENTER; RETURN(OK); }
+PUBLIC Result cuUserObjectCreate(void **o, void *p, void *destroy, unsigned n, unsigned f) {
+    ENTER;
+    *o = p;
+    RETURN(OK);
+}
+PUBLIC Result cuUserObjectRelease(void *o, unsigned n) { ENTER; RETURN(OK); }
+PUBLIC Result cuGraphExecDestroy(Graph *g) { ENTER; RETURN(OK); }
+PUBLIC Result cuGraphLaunch(Graph *g, Stream *s) {
+    ENTER;
+    NOT_CAPTURED(s, CAPTURE_UNSUPPORTED); /* no node of ours */
+    for (Node *node = g->nodes; node < g->nodes + g->count; node++) {
+        Block *b = node->kind == KERNEL ? NULL : block_of(node->address);
+        if (node->kind == ALLOC) {
+            if (!b->freed) RETURN(INVALID_VALUE); /* of the launch before */
+            b->freed = 0;
+        } else if (node->kind == FREE) {
+            give_back(node->address, (uintptr_t)s);
+        } else {
+            struct Launch l = *node->launch;
+            l.config.stream = s;
+            run(&l);
+        }
+    }
+    RETURN(OK);
 }
 
 /* -- names ---------------------------------------------------------------------------------------- */
@@ -568,6 +820,7 @@ PUBLIC Result cuGetProcAddress_v2(const char *name, void **function, int version
         {"cuDeviceTotalMem", 3020}, {"cuDevicePrimaryCtxRelease", 11000},
         {"cuCtxPushCurrent", 4000}, {"cuCtxPopCurrent", 4000}, {"cuStreamDestroy", 4000},
         {"cuEventDestroy", 4000}, {"cuMemAlloc", 3020}, {"cuMemFree", 3020},
+        {"cuStreamBeginCapture", 10010},
         {"cuMemGetInfo", 3020}, {"cuMemGetAddressRange", 3020}, {"cuMemcpyHtoD", 3020},
         {"cuMemcpyDtoH", 3020}, {"cuMemcpyDtoD", 3020}, {"cuMemcpyHtoDAsync", 3020},
         {"cuMemcpyDtoHAsync", 3020}, {"cuMemcpyDtoDAsync", 3020}, {"cuGetProcAddress", 12000},
@@ -584,6 +837,8 @@ PUBLIC Result cuGetProcAddress_v2(const char *name, void **function, int version
     for (size_t i = 0; i < sizeof second / sizeof *second; i++)
         if (!strcmp(name, second[i].name) && version >= second[i].version)
             snprintf(symbol, sizeof symbol, "%s_v2", name);
+    if (!strcmp(name, "cuStreamGetCaptureInfo") && version >= 12030)
+        snprintf(symbol, sizeof symbol, "%s_v3", name);
     *function = strncmp(name, "cu", 2) ? NULL : dlsym(self, symbol);
     if (status) *status = *function ? 0 : 1;
     pthread_mutex_unlock(&lock);
@@ -623,7 +878,8 @@ PUBLIC void fake_clear(void) {
     for (int d = 0; d < DEVICES; d++) {
         size_t kept = 0;
         for (size_t i = 0; i < arenas[d].count; i++)
-            if (!arenas[d].blocks[i].freed) arenas[d].blocks[kept++] = arenas[d].blocks[i];
+            if (!arenas[d].blocks[i].freed || arenas[d].blocks[i].graph)
+                arenas[d].blocks[kept++] = arenas[d].blocks[i];
         arenas[d].count = kept;
     }
     forget(&launches);
@@ -651,6 +907,7 @@ PUBLIC const char *fake_records(void) {
             if (b->given) continue;
             append(t, "%s{\"address\":%llu,\"size\":%zu,\"device\":%d,\"stream\":%llu,", comma,
                    b->address, b->size, d, (Pointer)b->stream);
+            append(t, "\"graph\":%llu,", (Pointer)b->graph);
             append(t, b->freed ? "\"freed_on\":%llu}" : "\"freed_on\":null}", (Pointer)b->freed_on);
             comma = ",";
         }

@@ -128,6 +128,39 @@ def test_the_main_job_checks_and_times_a_device():
     )
 
 
+@pytest.mark.skipif(cuda_arrays.SIMULATED, reason="there is no GPU to launch a CUDA graph")
+@pytest.mark.parametrize("name", cuda_arrays.REGIMES)
+def test_a_graph_computes_again_what_its_calls_do(name):
+    from cuda.core import Device
+    from numba import cuda
+
+    drawn = [cases.draw((6, 5000), "float32", seed) for seed in range(3)]
+    mask = drawn[0] > 0
+    x, where, masked = (
+        cuda_arrays.put(array) for array in (drawn[0], mask, np.zeros_like(drawn[0]))
+    )
+    outs = {
+        op: cuda_arrays.put(np.zeros_like(oracle.exact(op, drawn[0], 1), "f4")) for op in cases.OPS
+    }
+    device = Device(0)
+    device.set_current()
+    stream = device.create_stream()
+    with cuda_arrays.using(name):
+        builder = stream.create_graph_builder().begin_building("global")
+        for op, out in outs.items():
+            getattr(nbsoftmax, op)(x, axis=1, out=out, stream=builder)
+        nbsoftmax.softmax(x, axis=1, where=where, out=masked, stream=builder)
+        graph = builder.end_building().complete()
+    for values in drawn:
+        x.memory.copy_to_device(values.view(np.uint8).ravel())
+        cuda.synchronize()  # the graph's stream waits for no other
+        graph.launch(stream)
+        stream.sync()
+        for op, out in outs.items():
+            oracle.assert_right(op, cuda_arrays.get(out), values, 1)
+        oracle.assert_right("softmax", cuda_arrays.get(masked), values, 1, where=mask)
+
+
 def test_a_stream_is_for_device_arrays_only():
     with pytest.raises(TypeError, match="stream"):
         nbsoftmax.softmax(np.ones(3), stream=7)

@@ -12,6 +12,7 @@ from cuda.bindings import driver
 from cuda.core import (
     LEGACY_DEFAULT_STREAM,
     PER_THREAD_DEFAULT_STREAM,
+    GraphMemoryResource,
     LaunchConfig,
     ObjectCode,
     Stream,
@@ -52,9 +53,25 @@ class Device:
         """Undo `enter`."""
         driver.cuCtxPopCurrent()
 
-    def memory(self, size: int) -> Any:
-        """A buffer from the device's pool, made and freed in the order of the stream."""
-        return self._pool.allocate(size, stream=self.stream)
+    def memory(self, size: int, scratch: bool = False) -> Any:
+        """A buffer from the device's pool, made and freed in the order of the stream.
+
+        While the stream is captured it is the graph's own, which comes and goes with every launch:
+        good for scratch, and for no result.
+        """
+        try:
+            return self._pool.allocate(size, stream=self.stream)
+        except RuntimeError:  # cuda.core's for a stream that is captured, among others
+            if not self._is_captured():
+                raise
+        if not scratch:
+            raise RuntimeError("a CUDA graph has no memory for a new result: pass out=")
+        return GraphMemoryResource(self.number).allocate(size, stream=self.stream)
+
+    def _is_captured(self) -> bool:
+        """Whether what is queued becomes a part of a graph."""
+        _, status = driver.cuStreamIsCapturing(self.stream.handle)
+        return bool(status == driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE)
 
     def lend(self, *views: View) -> None:
         """Nothing to do: the driver knows what memory a kernel may touch."""
@@ -79,7 +96,7 @@ class Device:
     @contextlib.contextmanager
     def scratch(self, size: int) -> Iterator[int]:
         """The address of memory for the kernels of one call."""
-        buffer = self.memory(size)
+        buffer = self.memory(size, scratch=True)
         try:
             yield int(buffer.handle)
         finally:
@@ -162,7 +179,24 @@ def stream_number(stream: Any) -> int | None:
 
 @functools.lru_cache(maxsize=64)
 def _device(number: int, stream: int) -> Device:
-    return Device(number, stream)
+    with _beside_captures():
+        return Device(number, stream)
+
+
+@contextlib.contextmanager
+def _beside_captures() -> Iterator[None]:
+    """Have what is no part of a graph done at once, though this or another thread captures one.
+
+    Else a capture refuses, and is ended by, what a first call does: loading a kernel, looking at
+    the pool's settings.
+    """
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    status, before = driver.cuThreadExchangeStreamCaptureMode(mode)
+    try:
+        yield
+    finally:
+        if status == driver.CUresult.CUDA_SUCCESS:
+            driver.cuThreadExchangeStreamCaptureMode(before)
 
 
 def _core_device(number: int) -> Any:
@@ -205,7 +239,10 @@ def _config(job: Job | Elements, units: int) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def _loaded(job: Job | Elements, number: int) -> Any:
-    """A kernel on a device: loaded once for all threads. None waits for what is there."""
+    """A kernel on a device: loaded once for all threads. None waits for what is there.
+
+    cuda.core unloads none, though it be forgotten here: a graph may have it.
+    """
     with _loading:
         return _load(job, number)
 
@@ -214,10 +251,11 @@ def _loaded(job: Job | Elements, number: int) -> Any:
 def _load(job: Job | Elements, number: int) -> Any:
     from . import _compile
 
-    device = _core_device(number)
-    made = _compile.cubin(job, tuple(device.compute_capability))
-    with _current(device):
-        return ObjectCode.from_cubin(made.code).get_kernel(made.symbol)
+    with _beside_captures():
+        device = _core_device(number)
+        made = _compile.cubin(job, tuple(device.compute_capability))
+        with _current(device):
+            return ObjectCode.from_cubin(made.code).get_kernel(made.symbol)
 
 
 def _device_of_pointer(address: int, name: str) -> int:
