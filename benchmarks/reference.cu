@@ -167,10 +167,19 @@ template <class R> BOTH Two<R> merge(Two<R> a, Two<R> b) {
 template <class R> BOTH bool infinite(R m) { return magnitude(m) == (R)INFINITY; }
 template <class R> BOTH bool without_terms(R m, R s) { return infinite(m) && s == s; }
 
-template <class R> BOTH R rescale(R m, R whole) {
-    Scale<R> by(whole);
-    R ratio = by.exp(m - by.shift) / largest(m).high;
-    return infinite(m) || infinite(whole) ? 0 : ratio;
+// In two steps: the ratio may be smaller than any number, and its product with the sum not.
+template <class R> BOTH Two<R> rescaled(R m, R whole, Two<R> sum) {
+    using C = Constants<R>;
+    Scale<R> own(m), by(whole);
+    R k = larger((R)(2 * (1 - C::one_exponent)), by.magic - own.magic);
+    R half = fused(k, (R)0.5, C::round) - C::round, zero_power = C::round + C::one_exponent;
+    R first = power_of_two(half + zero_power), second = power_of_two((k - half) + zero_power);
+    if (own.shifts(m) || by.shifts(whole)) {
+        first = power_of_two(zero_power - C::bias);
+        second = by.exp(m - by.shift) / (largest(m).high * first);
+    }
+    if (infinite(m) || infinite(whole)) second = 0;
+    return {sum.high * first * second, sum.low * first * second};
 }
 
 template <class R> BOTH Two<R> with_equals(R m, R count, Two<R> sum) {
@@ -527,10 +536,10 @@ template <class R> struct Pair {
     // As part of a lane of that maximum.
     BOTH void raise(R whole) {
         Scale<R> by(whole);
-        R factor = rescale(m, whole), term = by.exp(m - by.shift), product = count * term;
+        R term = by.exp(m - by.shift), product = count * term;
         R rest = fused(count, term, -product);
-        Two<R> raised = {product, rest + sum.low * factor};
-        add(raised, sum.high * factor);
+        Two<R> scaled = rescaled(m, whole, sum), raised = {product, rest + scaled.low};
+        add(raised, scaled.high);
         // No branch: some thread of a warp sees a new maximum in nearly every tile.
         bool same = m == whole;
         *this = {whole, same ? count : 0, same ? sum : raised};

@@ -1,6 +1,6 @@
 """The mathematics compiled: what `_scalars` asks of a machine, as LLVM instructions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -32,7 +32,7 @@ class Vector:
         return self.o.product(self, other)
 
     def __truediv__(self, other: "Vector") -> "Vector":
-        return Vector(self.o, self.o.b.fdiv(self.value, other.value))
+        return self.o.quotient(self, other)
 
     def __and__(self, other: "Vector") -> "Vector":
         return Vector(self.o, self.o.b.and_(self.value, other.value))
@@ -94,8 +94,20 @@ class Arithmetic:
         """``a if a > b else b``: a NaN in ``b`` is kept, one in ``a`` is lost. One instruction."""
         return self.where(a > b, a, b)
 
+    def usually(
+        self,
+        condition: Vector,
+        usual: Callable[[], Sequence[Vector]],
+        otherwise: Callable[[], Sequence[Vector]],
+    ) -> Sequence[Vector]:
+        """What ``usual`` gives where the condition holds, else what ``otherwise`` gives."""
+        return [self.where(condition, a, b) for a, b in zip(usual(), otherwise(), strict=True)]
+
     def product(self, a: Vector, b: Vector) -> Vector:
         return Vector(self, self.b.fmul(a.value, b.value))
+
+    def quotient(self, a: Vector, b: Vector) -> Vector:
+        return Vector(self, self.b.fdiv(a.value, b.value))
 
     def magnitude(self, a: Vector) -> Vector:
         return self.call("llvm.fabs", [a])

@@ -1,6 +1,7 @@
 """The mathematics run by NumPy: for merging a few pairs, and for a process without a compiler."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,12 @@ class Operations:
 
     def larger(self, a: Any, b: Any) -> Any:
         return np.where(a > b, a, b)
+
+    def usually(
+        self, condition: Any, usual: Callable[[], list[Any]], otherwise: Callable[[], list[Any]]
+    ) -> list[Any]:
+        """What ``usual`` gives where the condition holds, else what ``otherwise`` gives."""
+        return [self.where(condition, a, b) for a, b in zip(usual(), otherwise(), strict=True)]
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """``a * b + c`` with the product exact, as the fused instruction has it."""

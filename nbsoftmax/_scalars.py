@@ -23,6 +23,7 @@ own elements being counted and not summed, and what it means is said at the end.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +144,14 @@ def shifted(o: Operations, x: Value, m: Value, by: Scale) -> Value:
     return o.where(x == m, by.near, x - by.shift)
 
 
+def with_shift(
+    o: Operations, m: Value, by: Scale, then: Callable[[Callable[[Value], Value]], Any]
+) -> Any:
+    """What ``then(shift)`` makes: a ``shift`` that does nothing, unless the maximum is huge."""
+    small = abs(m) < o.const(o.real.exact)
+    return o.usually(small, lambda: then(lambda x: x), lambda: then(lambda x: shifted(o, x, m, by)))
+
+
 def horner(o: Operations, x: Value, coefficients: tuple[float, ...]) -> Value:
     """``coefficients[0] + coefficients[1] x + ...``."""
     total = o.const(coefficients[-1])
@@ -226,15 +235,28 @@ def merge(s: Value, c: Value, s2: Value, c2: Value) -> tuple[Value, Value]:
     return s, (c + c2) + rest
 
 
-def rescale(o: Operations, m: Value, whole: Value) -> Value:
-    """What turns a sum scaled for ``m`` into one scaled for ``whole``; 0 if either is infinite.
+def rescaled(o: Operations, m: Value, whole: Value, s: Value, c: Value) -> tuple[Value, Value]:
+    """A sum s + c that is scaled for ``m``, scaled for ``whole >= m``; 0 if either is infinite.
 
-    A power of two, and so without rounding, unless one of the two scales has a shift.
+    Multiplied by a power of two, and so without rounding, unless one of the two scales has a shift.
+    In two steps: the ratio may be smaller than any number, and its product with the sum not.
     """
-    by = scale(o, whole)
-    ratio = exp(o, m - by.shift, by) / largest(o, m)[0]
-    limit = o.const(float("inf"))
-    return o.where((abs(m) < limit) & (abs(whole) < limit), ratio, o.const(0.0))
+    real, own, by = o.real, scale(o, m), scale(o, whole)
+    lowest = o.const(2.0 * (1 - real.one_exponent))
+    k = o.larger(lowest, by.magic - own.magic)
+    half = o.fma(k, o.const(0.5), o.const(real.round)) - o.const(real.round)
+    zero_power = o.const(real.round + real.one_exponent)
+    powers = [o.power_of_two(part + zero_power) for part in (half, k - half)]
+
+    def ratio() -> list[Value]:
+        down = o.const(2.0**-real.bias)
+        return [down, exp(o, m - by.shift, by) / (largest(o, m)[0] * down)]
+
+    exact, limit = o.const(real.exact), o.const(float("inf"))
+    first, second = o.usually((abs(m) < exact) & (abs(whole) < exact), lambda: powers, ratio)
+    finite = (abs(m) < limit) & (abs(whole) < limit)
+    second = o.where(finite, second, o.const(0.0))
+    return s * first * second, c * first * second
 
 
 def _without_terms(o: Operations, m: Value, s: Value) -> Value:

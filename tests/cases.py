@@ -93,6 +93,7 @@ VALUES = {
     "one_dominates_offset": _hard([40.0, 0.0]),
     "one_dominates_many": _hard([0.0] + [-30.0, -31.5, -35.0] * 5),
     "rest_is_subnormal": _hard(lambda f: [0.0, float(np.log(f.tiny)) - 3.0]),
+    "rest_is_smallest": _hard(lambda f: [0.0] * 8 + [1.0 - float(np.log(f.smallest_subnormal))]),
     "rest_vanishes": _hard([0.0, -5000.0]),
     "log_close_to_zero": _hard([-0.6931471805599453, -0.6931471805599453]),
     "answer_close_to_zero": _hard([-1.0, -0.45867514538708193]),

@@ -55,6 +55,14 @@ if not cuda_arrays.MISSING:
         def magnitude(self, a):
             return self.call("llvm.fabs", [a])
 
+        def maximum_number(self, a, b):
+            return self.where(a > b, a, b)
+
+        larger = maximum_number  # keeps a NaN in b
+
+        def quotient(self, a, b):
+            return Vector(self, self.b.fdiv(a.value, b.value))
+
         def fma(self, a, b, c):
             return Vector(self, self.b.as_on_gpu(super().fma(a, b, c).value))
 

@@ -71,14 +71,16 @@ class Functions:
     ) -> Iterator[tuple[Any, Any]]:
         job = self.job
         access, form = (job.out_access, job.out_form) if out else (job.access, job.form)
+        left, edge = o.count(limit, first, job.tile), o.count(edge, 0, job.width)
         for j in range(job.vectors):
-            at = o.plus(first, j * job.advance)
+            at = j * job.advance
+            start = o.plus(address, at * form.itemsize if job.along else o.times(step, j))
             for k in range(0, job.width, access):
-                place = o.plus(o.plus(address, o.times(step, j)), k * form.itemsize)
+                place = o.plus(start, k * form.itemsize)
                 if job.along:
-                    yield place, o.below(o.plus(at, k), limit)
+                    yield place, o.above(left, at + k)
                 else:
-                    yield place, o.all_of([o.below(at, limit), o.above(edge, k)])
+                    yield place, o.all_of([o.above(left, at), o.above(edge, k)])
 
     def _load(self, o: Any, address: Any, step: Any, first: Any, limit: Any, edge: Any) -> Values:
         return self._tile(o, self._places(o, address, step, first, limit, edge), -_lanes.INFINITY)
@@ -104,20 +106,20 @@ class Functions:
 
     # A tile that holds its lanes from end to end.
 
-    def _terms(self, o: Any, values: Values) -> tuple[Values, list[Values], list[Values]]:
-        """Of each lane: its maximum, its terms, their sum."""
+    def _totals(
+        self, o: Any, values: Values, keep: bool
+    ) -> tuple[Values, list[Values], list[Values]]:
+        """Of each lane: its maximum, its terms if they are to be kept, their sum."""
         job = self.job
         lanes = job.split(values)
         maxima = o.reduce(job.group, _lanes.larger, [_lanes.maximum(o, lane) for lane in lanes])
-        held = [_lanes.terms(o, lane, m) for lane, m in zip(lanes, maxima, strict=True)]
-        sums = o.reduce(
-            job.group, _lanes.add_totals, [part for lane in held for part in _lanes.total(o, lane)]
-        )
-        return maxima, held, _lanes.each_pair(sums, 2)
+        held = [_lanes.total(o, lane, m, keep) for lane, m in zip(lanes, maxima, strict=True)]
+        sums = o.reduce(job.group, _lanes.add_totals, [part for lane in held for part in lane[:2]])
+        return maxima, [lane[2:] for lane in held], _lanes.each_pair(sums, 2)
 
     def _softmax(self, o: Any, values: Values) -> Values:
         made = []
-        for m, lane, sums in zip(*self._terms(o, values), strict=True):
+        for m, lane, sums in zip(*self._totals(o, values, True), strict=True):
             inverse = _scalars.reciprocal(o, m, *sums)
             made.append([_scalars.softmax(o, term, *inverse) for term in lane])
         return self.job.together(made)
@@ -130,7 +132,7 @@ class Functions:
         job = self.job
         additions = job.vectors * (job.width if job.along else 1) + job.deep.bit_length()
         found: Values = []
-        maxima, _, totals = self._terms(o, values)
+        maxima, _, totals = self._totals(o, values, False)
         for m, sums in zip(maxima, totals, strict=True):
             found += [m, *_lanes.rest(o, job.op, m, sums, additions)]
         return found

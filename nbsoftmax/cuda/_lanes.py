@@ -7,6 +7,7 @@ what decides alone: NaN or an infinity if there is one.
 Functions take ``o``, the machine (`_prims`), and lists of its numbers.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from .. import _scalars
@@ -14,32 +15,43 @@ from .._semantics import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from ._jobs import Group, Values
 
 INFINITY = float("inf")
+Shift = Callable[[Any], Any]
 
 
 def maximum(o: Any, values: Values) -> Any:
     """The largest number. NaNs are passed over: the sum keeps them."""
     m = o.const(-INFINITY)
     for x in values:
-        m = o.larger(x, m)
+        m = o.maximum_number(x, m)
     return m
 
 
 def larger(o: Any, p: Values, q: Values) -> Values:
-    return [o.larger(a, b) for a, b in zip(p, q, strict=True)]
+    return [o.maximum_number(a, b) for a, b in zip(p, q, strict=True)]
 
 
 def terms(o: Any, values: Values, m: Any) -> Values:
     by = _scalars.scale(o, m)
-    return [_scalars.exp(o, _scalars.shifted(o, x, m, by), by) for x in values]
+
+    def made(shift: Shift) -> Values:
+        return [_scalars.exp(o, shift(x), by) for x in values]
+
+    return list(_scalars.with_shift(o, m, by, made))
 
 
-def total(o: Any, terms: Values) -> Values:
-    """The sum of terms in two parts."""
-    start = o.const(2.0 ** (o.real.bias + 1))  # more than any term
-    s, c = start, o.const(0.0)
-    for term in terms:
-        s, c = _scalars.add_to_more(s, c, term)
-    return [s - start, c]
+def total(o: Any, values: Values, m: Any, keep: bool) -> Values:
+    """The sum of the terms in two parts, and the terms if they are to be kept."""
+    by, start = _scalars.scale(o, m), o.const(2.0 ** (o.real.bias + 1))  # more than any term
+
+    def added(shift: Shift) -> Values:
+        s, c = start, o.const(0.0)
+        terms = []
+        for x in values:
+            terms.append(_scalars.exp(o, shift(x), by))
+            s, c = _scalars.add_to_more(s, c, terms[-1])
+        return [s - start, c, *(terms if keep else ())]
+
+    return list(_scalars.with_shift(o, m, by, added))
 
 
 def add_totals(o: Any, p: Values, q: Values) -> Values:
@@ -60,19 +72,22 @@ def rest(o: Any, op: str, m: Any, total: Values, additions: int) -> Values:
 
 def push(o: Any, pair: Values, values: Values, m: Any, weights: Values | None = None) -> Values:
     """A pair of maximum ``m`` with more numbers, none above it."""
-    _, count, s, c, *decides = pair
     by = _scalars.scale(o, m)
     one, zero = o.const(1.0), o.const(0.0)
-    for i, x in enumerate(values):
-        weight = one if weights is None else weights[i]
-        equal = x == m
-        near = o.where(equal, by.near, x - by.shift)
-        term, c = _scalars.exp_two_parts(o, near, by, c, equal, weights and weight)
-        s, c = _scalars.add(s, c, term)
-        count = count + o.where(equal, weight, zero)
-        if weights is not None:
-            decides = [decides[0] + _decisive(o, x, weight)]
-    return [m, count, s, c, *decides]
+
+    def pushed(shift: Shift) -> Values:
+        _, count, s, c, *decides = pair
+        for i, x in enumerate(values):
+            weight = one if weights is None else weights[i]
+            equal = x == m
+            term, c = _scalars.exp_two_parts(o, shift(x), by, c, equal, weights and weight)
+            s, c = _scalars.add(s, c, term)
+            count = count + o.where(equal, weight, zero)
+            if weights is not None:
+                decides = [decides[0] + _decisive(o, x, weight)]
+        return [count, s, c, *decides]
+
+    return [m, *_scalars.with_shift(o, m, by, pushed)]
 
 
 def _decisive(o: Any, x: Any, weight: Any) -> Any:
@@ -92,11 +107,12 @@ def raised(o: Any, pair: Values, whole: Any) -> Values:
     """A pair as part of a lane with the maximum ``whole``."""
     m, count, s, c, *decides = pair
     same = m == whole
-    by, factor = _scalars.scale(o, whole), _scalars.rescale(o, m, whole)
+    by = _scalars.scale(o, whole)
     term = _scalars.exp(o, m - by.shift, by)
     product = count * term
     rest = o.fma(count, term, o.const(0.0) - product)
-    sum_, low = _scalars.add(product, rest + c * factor, s * factor)
+    s2, c2 = _scalars.rescaled(o, m, whole, s, c)
+    sum_, low = _scalars.add(product, rest + c2, s2)
     zero = o.const(0.0)
     return [
         whole,
@@ -109,7 +125,7 @@ def raised(o: Any, pair: Values, whole: Any) -> Values:
 
 def grown(o: Any, pair: Values, values: Values, weights: Values | None = None) -> Values:
     """A pair with any more numbers."""
-    m = o.larger(maximum(o, values), pair[0])
+    m = o.maximum_number(maximum(o, values), pair[0])
     return push(o, raised(o, pair, m), values, m, weights)
 
 
@@ -139,7 +155,7 @@ def join(o: Any, parts: int, p: Values, q: Values) -> Values:
     """Any pairs, joined."""
     joined: Values = []
     for one, other in zip(each_pair(p, parts), each_pair(q, parts), strict=True):
-        m = o.larger(one[0], other[0])
+        m = o.maximum_number(one[0], other[0])
         joined += add_pairs(o, parts, raised(o, one, m), raised(o, other, m))
     return joined
 

@@ -34,6 +34,14 @@ Join = Callable[[Any, list[Value], list[Value]], list[Value]]
 _places = itertools.count()  # names of shared arrays
 
 
+def _architecture() -> tuple[int, int]:
+    """What Numba compiles for."""
+    from numba.cuda.core import targetconfig
+
+    version = targetconfig.ConfigStack().top().compute_capability
+    return version[0], version[1]
+
+
 class Device(_llvm.Arithmetic):
     """A GPU: instructions for one thread."""
 
@@ -46,6 +54,50 @@ class Device(_llvm.Arithmetic):
 
     def magnitude(self, a: _llvm.Vector) -> _llvm.Vector:
         return self._nvvm("llvm.nvvm.fabs", [a])
+
+    def maximum_number(self, a: _llvm.Vector, b: _llvm.Vector) -> _llvm.Vector:
+        """The larger; of a NaN and a number, the number."""
+        return self._nvvm("llvm.nvvm.fmax", [a, b])
+
+    def larger(self, a: _llvm.Vector, b: _llvm.Vector) -> _llvm.Vector:
+        if self.real.itemsize == 8 or _architecture() < (8, 0):
+            return super().larger(a, b)
+        text = "max.NaN.f32 $0, $1, $2;"
+        return _llvm.Vector(
+            self, self._assembly(text, "=f,f,f", self.type, [a.value, b.value], False)
+        )
+
+    def quotient(self, a: _llvm.Vector, b: _llvm.Vector) -> _llvm.Vector:
+        """`a / b`` for a b whose reciprocal is a normal number: less than an ulp off.
+
+        The compiler's own division looks for the others first, in each thread.
+        """
+        if self.real.itemsize == 8:
+            return super().quotient(a, b)
+        text = "rcp.approx.ftz.f32 $0, $1;"
+        inverse = _llvm.Vector(self, self._assembly(text, "=f,f", self.type, [b.value], False))
+        near = a * inverse
+        rest = self.fma(self.const(0.0) - near, b, a)
+        return self.fma(rest, inverse, near)
+
+    def usually(
+        self,
+        condition: _llvm.Vector,
+        usual: Callable[[], Sequence[_llvm.Vector]],
+        otherwise: Callable[[], Sequence[_llvm.Vector]],
+    ) -> Sequence[_llvm.Vector]:
+        b, ways = self.b, []
+        with b.if_else(condition.value, likely=True) as (then, rarely):
+            for branch, run in ((then, usual), (rarely, otherwise)):
+                with branch:
+                    ways.append((run(), b.block))
+        found = []
+        for i in range(len(ways[0][0])):
+            phi = b.phi(self.type)
+            for values, end in ways:
+                phi.add_incoming(values[i].value, end)
+            found.append(_llvm.Vector(self, phi))
+        return found
 
     def _nvvm(self, name: str, arguments: Sequence[_llvm.Vector]) -> _llvm.Vector:
         kind = ir.FunctionType(self.type, [self.type] * len(arguments))
@@ -234,6 +286,13 @@ class Device(_llvm.Arithmetic):
     def plus(self, a: ir.Value, b: ir.Value | int) -> ir.Value:
         return self.b.add(a, ir.Constant(a.type, b) if isinstance(b, int) else b)
 
+    def count(self, end: ir.Value, start: ir.Value | int, most: int) -> ir.Value:
+        """How many there are from start to end, but no more than ``most``: 32 bits hold it."""
+        b, none = self.b, ir.Constant(I64, 0)
+        found, most = b.sub(end, start) if start != 0 else end, ir.Constant(I64, most)
+        found = b.select(b.icmp_signed("<", found, most), found, most)
+        return b.trunc(b.select(b.icmp_signed(">", found, none), found, none), I32)
+
     def above(self, a: ir.Value, b: int) -> ir.Value:
         return self.b.icmp_signed(">", a, ir.Constant(a.type, b))
 
@@ -315,15 +374,9 @@ class Device(_llvm.Arithmetic):
         native: bool = True,
     ) -> None:
         kind, letter, bits = self._words(form, len(values))
-        size, words = 8 * form.itemsize, []
-        for start in range(0, len(values), max(1, bits // size)):
-            word = None
-            for i, value in enumerate(values[start : start + max(1, bits // size)]):
-                part = self.b.bitcast(self._stored(form, value), ir.IntType(size))
-                if kind.width > size:
-                    part = self.b.zext(part, kind)
-                    part = self.b.shl(part, ir.Constant(kind, i * size)) if i else part
-                word = part if word is None else self.b.or_(word, part)
+        each, words = max(1, bits // (8 * form.itemsize)), []
+        for start in range(0, len(values), each):
+            word = self._word(form, values[start : start + each], kind)
             words.append(word if native else self._swapped(word, bits))
         n = len(words)
         names = ", ".join(f"${i}" for i in range(n))
@@ -335,6 +388,23 @@ class Device(_llvm.Arithmetic):
         constraints = ",".join([letter] * n + ["l", "r", "~{memory}"])
         flag = self.b.zext(live, I32)
         self._assembly(text, constraints, ir.VoidType(), [*words, address, flag], True)
+
+    def _word(self, form: Format, values: list[_llvm.Vector], kind: ir.Type) -> ir.Value:
+        """Neighbouring numbers as they lie in memory, in one register."""
+        size, word = 8 * form.itemsize, None
+        if form.kind == "V" and self.real.itemsize == 4 and _architecture() >= (8, 0):
+            text = (
+                "cvt.rn.bf16x2.f32 $0, $2, $1;" if len(values) == 2 else "cvt.rn.bf16.f32 $0, $1;"
+            )
+            constraints = ",".join(["=r" if len(values) == 2 else "=h", *("f" for _ in values)])
+            return self._assembly(text, constraints, kind, [v.value for v in values], False)
+        for i, value in enumerate(values):
+            part = self.b.bitcast(self._stored(form, value), ir.IntType(size))
+            if kind.width > size:
+                part = self.b.zext(part, kind)
+                part = self.b.shl(part, ir.Constant(kind, i * size)) if i else part
+            word = part if word is None else self.b.or_(word, part)
+        return word
 
     def _stored(self, form: Format, value: _llvm.Vector) -> ir.Value:
         """A number as it lies in memory."""
@@ -373,6 +443,11 @@ class Simulated(_plain.Operations):
 
     def larger(self, a: Value, b: Value) -> Value:
         return self.where(a > b, a, b)
+
+    maximum_number = larger  # for a b that is no NaN
+
+    def usually(self, condition: Any, usual: Any, otherwise: Any) -> Any:
+        return usual() if condition else otherwise()
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         if self.real.itemsize == 8 or any(isinstance(v, np.ndarray) for v in (a, b, c)):
@@ -436,6 +511,9 @@ class Simulated(_plain.Operations):
 
     def plus(self, a: int, b: int) -> int:
         return a + b
+
+    def count(self, end: int, start: int, most: int) -> int:
+        return max(0, min(end - start, most))
 
     def above(self, a: int, b: int) -> bool:
         return a > b
