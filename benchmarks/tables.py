@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
+import occupancy
 from results import DTYPES, OPS, ROOT, Row, load, rows, where
 
 # Column -> the rows of the suite that it compares, like with like: both return a new array, or
@@ -159,6 +160,37 @@ def accuracy() -> Iterator[str]:
     yield f"{where(report, *libraries, 'NumPy', 'Numba')} Reference: {reference}."
 
 
+def _resident(name: str, kernel: occupancy.Kernel) -> Iterator[str]:
+    """Yield a kernel's line; what falls short is marked."""
+    code, needed, budget = kernel.code, kernel.needed, kernel.budget
+    op, stage, form, text = name.rsplit("_", 3)
+    _, n, inner = (int(part) for part in text.split("x"))
+    lanes = "row" if inner == 1 else "columns"
+    part = "" if stage == "whole" else f", {stage}"
+    yield f"{op}{part}, {lanes} of {n:,} {form}"
+    yield str(code["registers"])
+    yield f"{kernel.blocks} of {kernel.plan.block}"
+    yield f"{code['loads_ahead']} of {code['loads']}"
+    flight = kernel.flight(kernel.ahead)
+    yield f"{_figure(flight / 1024)} of {_figure(needed / 1024)}{'*' if flight < needed else ''}"
+    short = code["per_number"] > budget
+    yield f"{_figure(code['per_number'])} of {_figure(budget)}{'*' if short else ''}"
+
+
+def resident() -> Iterator[str]:
+    """Yield what resides on each GPU, what it has in flight, and what its instructions take."""
+    report = load("nvcc")
+    head = ["kernel", "registers", "blocks, threads", "loads ahead", "KiB in flight, needed"]
+    for architecture, made in occupancy.kernels(report).items():
+        gpu = occupancy.GPUS[architecture]
+        yield f"{architecture}, {gpu.name}:"
+        yield ""
+        lines = (_resident(name, kernel) for name, kernel in made.items())
+        yield from _markdown([*head, "instructions, allowed"], lines)
+        yield ""
+    yield f"Compiled by numba-cuda {report['machine']['versions']['numba-cuda']}, not run on a GPU."
+
+
 PLACES: tuple[tuple[str, Callable[[], Iterator[str]]], ...] = (
     ("README.md", speed_ups),
     ("docs/performance.md", speed),
@@ -166,6 +198,7 @@ PLACES: tuple[tuple[str, Callable[[], Iterator[str]]], ...] = (
     ("docs/performance.md", first_calls),
     ("docs/performance.md", memory),
     ("docs/accuracy.md", accuracy),
+    ("docs/internals.md", resident),
 )
 
 
