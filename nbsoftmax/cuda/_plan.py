@@ -18,19 +18,20 @@ VECTOR_BYTES = 16  # the widest access of a thread
 class Limits:
     """Where one regime gives way to the next."""
 
-    # Rows: (threads, vectors of each), shortest first. As many as fit a warp share one, so that no
-    # lane idles; from 128 threads on, a row has a block, with two blocks' worth of registers left
-    # for others while one waits for memory.
+    # Rows: (threads, vectors of each), shortest first. Threads until they read whole lines of 128
+    # bytes, then numbers, as many as a thread may hold, then threads again: what a thread does once
+    # is then shared by the most numbers. benchmarks/occupancy.py says so, and what resides.
     rows: tuple[tuple[int, int], ...] = (
-        *((1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (16, 2), (32, 2), (32, 4), (32, 8)),
-        *((128, 4), (128, 8), (256, 4), (256, 8), (512, 4), (512, 8), (1024, 4), (1024, 8)),
+        *((1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (8, 4), (8, 8), (16, 4), (16, 8), (32, 4)),
+        *((32, 8), (64, 4), (64, 8), (128, 4), (128, 8), (256, 4), (256, 8), (512, 4), (512, 8)),
+        *((1024, 4), (1024, 8)),
     )
     # Blocks of a cluster (sm_90 and later) that share a row longer than that, of the last size.
     clusters: tuple[int, ...] = (2, 4, 8)
     # Columns: (threads behind each other, rows of each).
     columns: tuple[tuple[int, int], ...] = (
-        *((1, 1), (1, 2), (1, 4), (2, 4), (4, 4), (8, 4), (8, 8), (16, 4), (16, 8), (32, 4)),
-        *((32, 8), (64, 4), (128, 2), (64, 8), (128, 4)),
+        *((1, 1), (1, 2), (1, 4), (1, 8), (2, 4), (2, 8), (4, 4), (4, 8), (8, 4), (8, 8)),
+        *((16, 4), (16, 8), (32, 4), (32, 8), (64, 4), (128, 2), (64, 8), (128, 4)),
     )
     # Neighbouring threads beside each other: 128 bytes of every row, where there are so many.
     across: int = 8
