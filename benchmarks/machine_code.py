@@ -11,13 +11,16 @@ nvidia-cuda-nvdisasm.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -95,29 +98,73 @@ def jobs_of(op: str, dtype: str, shape: tuple[int, int, int]) -> list[Job]:
     return [step.job for step in call.steps]
 
 
-def jobs() -> list[Job | Elements]:
+@dataclass(frozen=True)
+class Fused:
+    """A kernel of examples/fused_cuda.py, which calls the device functions."""
+
+    name: str
+
+    def compiled(self, architecture: tuple[int, int]) -> tuple[bytes, str]:
+        """Compile it for arrays of float32; return what `_compile.compile_` does."""
+        from numba.cuda import types
+        from numba.cuda.np.numpy_support import from_dtype
+        from numba.cuda.random import xoroshiro128p_dtype
+
+        def array(element: Any, ndim: int) -> Any:
+            return types.Array(element, ndim, "C")
+
+        real, states = types.float32, from_dtype(xoroshiro128p_dtype)
+        arguments = {
+            "attention_weights": (array(real, 2), array(types.bool_, 2), real, array(real, 2)),
+            "sample_tokens": (array(real, 2), real, array(states, 1), array(types.int64, 1),
+                              array(real, 1)),
+        }[self.name]  # fmt: skip
+        module = _example()
+        kernel = getattr(module, self.name).py_func
+        return _compile.machine_code(kernel, arguments, module.THREADS, architecture, True)
+
+
+@cache
+def _example() -> Any:
+    """Import the example as a module."""
+    file = Path(__file__).parent.parent / "examples" / "fused_cuda.py"
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+Kernel = Job | Elements | Fused
+
+
+def jobs() -> list[Kernel]:
     """List the kernels of all cases, each once."""
-    found: dict[Job | Elements, None] = {}
+    found: dict[Kernel, None] = {}
     for case in CASES:
         found.update(dict.fromkeys(jobs_of(*case)))
     row = _run._call("logsumexp", (9, 99), (792, 8), "float64", 1, False, 0, None, 0, True, True)
     assert row is not None
     found.update(dict.fromkeys(step.job for step in row.steps))
-    return [*found, *ELEMENTS]
+    return [*found, *ELEMENTS, Fused("attention_weights"), Fused("sample_tokens")]
 
 
 def disassembled(
-    job: Job | Elements, architecture: tuple[int, int], keep: Path
+    job: Kernel, architecture: tuple[int, int], keep: Path
 ) -> tuple[list[sass.Instruction], str]:
     """Compile a kernel; return its instructions, and what the assembler says of it."""
-    cubin, said = _compile.compile_(job, architecture, report=True)
+    if isinstance(job, Fused):
+        cubin, said = job.compiled(architecture)
+    else:
+        cubin, said = _compile.compile_(job, architecture, report=True)
     file = keep / f"{job.name}.sm{architecture[0]}{architecture[1]}.cubin"
     file.write_bytes(cubin)
     (function,) = sass.disassemble(file).values()
     return function, said
 
 
-def read(job: Job | Elements, architecture: tuple[int, int], keep: Path) -> Code:
+def read(job: Kernel, architecture: tuple[int, int], keep: Path) -> Code:
     """Compile a kernel and count what its machine code holds."""
     function, said = disassembled(job, architecture, keep)
     count = Counter(instruction.opcode for instruction in function)
@@ -137,7 +184,7 @@ def read(job: Job | Elements, architecture: tuple[int, int], keep: Path) -> Code
     )
 
 
-def broken(job: Job | Elements, code: Code) -> list[str]:
+def broken(job: Kernel, code: Code) -> list[str]:
     """Say which bounds a kernel's machine code does not keep."""
     said = []
     if code.spilled > SPILLED or code.usually_local > USUALLY_LOCAL:

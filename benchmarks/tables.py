@@ -160,14 +160,49 @@ def accuracy() -> Iterator[str]:
     yield f"{where(report, *libraries, 'NumPy', 'Numba')} Reference: {reference}."
 
 
-def _resident(name: str, kernel: occupancy.Kernel) -> Iterator[str]:
-    """Yield a kernel's line; what falls short is marked."""
-    code, needed, budget = kernel.code, kernel.needed, kernel.budget
+def _kernel(name: str) -> str:
+    """Name a kernel as the tables do."""
     op, stage, form, text = name.rsplit("_", 3)
     _, n, inner = (int(part) for part in text.split("x"))
     lanes = "row" if inner == 1 else "columns"
     part = "" if stage == "whole" else f", {stage}"
-    yield f"{op}{part}, {lanes} of {n:,} {form}"
+    return f"{op}{part}, {lanes} of {n:,} {form}"
+
+
+def beside_nvcc() -> Iterator[str]:
+    """Yield for each architecture what a number takes in our code, and in nvcc's."""
+    report = load("nvcc")
+    code = report["code"]
+    lines = []
+    for name in next(iter(code.values())):
+        kernels = [code[architecture][name] for architecture in code]
+        cells = []
+        for key, form in (("registers", "{}"), ("per_number", "{:.1f}")):
+            cells.append(
+                [" · ".join(form.format(k[who][key]) for who in ("ours", "nvcc")) for k in kernels]
+            )
+        ours = [k["ours"] for k in kernels]
+        loads = " ".join(f"{k['loads_ahead']}/{k['loads']}" for k in ours)
+        width = " ".join(str(k["widest_load"]) for k in ours)
+        lines.append(
+            [_kernel(name), *cells[1], " ".join(cells[0]).replace(" · ", "·"), width, loads]
+        )
+    heads = ["kernel", *code, "registers", "bytes a load", "loads ahead"]
+    yield from _markdown(heads, lines)
+    yield ""
+    versions = report["machine"]["versions"]
+    most = max(k["ours"]["spilled"] for kernels in code.values() for k in kernels.values())
+    yield (
+        f"Ours (numba-cuda {versions['numba-cuda']}) · nvcc {versions['nvcc']}, "
+        f"{report['machine']['date']}; registers, bytes and loads ahead of the first use for each "
+        f"architecture in turn. At most {most} bytes spilled."
+    )
+
+
+def _resident(name: str, kernel: occupancy.Kernel) -> Iterator[str]:
+    """Yield a kernel's line; what falls short is marked."""
+    code, needed, budget = kernel.code, kernel.needed, kernel.budget
+    yield _kernel(name)
     yield str(code["registers"])
     yield f"{kernel.blocks} of {kernel.plan.block}"
     yield f"{code['loads_ahead']} of {code['loads']}"
@@ -198,6 +233,7 @@ PLACES: tuple[tuple[str, Callable[[], Iterator[str]]], ...] = (
     ("docs/performance.md", first_calls),
     ("docs/performance.md", memory),
     ("docs/accuracy.md", accuracy),
+    ("docs/internals.md", beside_nvcc),
     ("docs/internals.md", resident),
 )
 

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,18 +90,31 @@ def compile_(
 
 
 def _compiled(job: Job | Elements, architecture: Architecture, report: bool) -> tuple[bytes, str]:
-    from cuda.core import Linker, LinkerOptions, ObjectCode
-    from numba import cuda
     from numba.cuda import types
 
     from . import _kernels
 
+    arguments = [
+        types.int64 if count is None else types.UniTuple(types.int64, count)
+        for count in job.integers
+    ]
     with _compiling, _without_a_device(architecture):
         kernel = _kernels.kernel(job)
-        arguments = [
-            types.int64 if count is None else types.UniTuple(types.int64, count)
-            for count in job.integers
-        ]
+        return machine_code(kernel, arguments, job.group.block, architecture, report)
+
+
+def machine_code(
+    kernel: Callable[..., None],
+    arguments: Sequence[Any],
+    block: int,
+    architecture: Architecture,
+    report: bool = False,
+) -> tuple[bytes, str]:
+    """What `compile_` gives, of any kernel that Numba takes, for blocks of so many threads."""
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+    from numba import cuda
+
+    with _compiling, _without_a_device(architecture):
         ltoir, _ = cuda.compile(
             kernel,
             tuple(arguments),
@@ -109,7 +122,7 @@ def _compiled(job: Job | Elements, architecture: Architecture, report: bool) -> 
             abi="numba",
             cc=architecture,
             output="ltoir",
-            launch_bounds=job.group.block,
+            launch_bounds=block,
         )
         options = LinkerOptions(
             arch=f"sm_{architecture[0]}{architecture[1]}",
