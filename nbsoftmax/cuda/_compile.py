@@ -100,7 +100,7 @@ def _compiled(job: Job | Elements, architecture: Architecture, report: bool) -> 
     ]
     with _compiling, _without_a_device(architecture):
         kernel = _kernels.kernel(job)
-        return machine_code(kernel, arguments, job.group.block, architecture, report)
+        return machine_code(kernel, arguments, job.group.block, architecture, report, job.resident)
 
 
 def machine_code(
@@ -109,8 +109,12 @@ def machine_code(
     block: int,
     architecture: Architecture,
     report: bool = False,
+    resident: int = 1,
 ) -> tuple[bytes, str]:
-    """What `compile_` gives, of any kernel that Numba takes, for blocks of so many threads."""
+    """What `compile_` gives, of any kernel that Numba takes, for blocks of so many threads.
+
+    So many of which can reside in a multiprocessor.
+    """
     from cuda.core import Linker, LinkerOptions, ObjectCode
     from numba import cuda
 
@@ -122,7 +126,7 @@ def machine_code(
             abi="numba",
             cc=architecture,
             output="ltoir",
-            launch_bounds=block,
+            launch_bounds=(block, resident) if resident > 1 else block,
         )
         options = LinkerOptions(
             arch=f"sm_{architecture[0]}{architecture[1]}",

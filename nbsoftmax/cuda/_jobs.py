@@ -10,6 +10,9 @@ from .._formats import FORMATS, Format
 
 SIMULATED = bool(config.ENABLE_CUDASIM)  # type: ignore[attr-defined]
 WARP = 32
+# A multiprocessor has registers for so many threads of a float32 row kernel, at least: as many as a
+# thread needs for 32 numbers. Left alone, the assembler takes half as many again on some architectures.
+RESIDENT_THREADS = 768
 Values = list[Any]
 
 
@@ -76,6 +79,12 @@ class Job:
     @property
     def out_form(self) -> Format:
         return FORMATS[self.result]
+
+    @property
+    def resident(self) -> int:
+        """Blocks that shall find room in a multiprocessor together."""
+        rows = self.along and not self.weighted and self.real.itemsize == 4
+        return -(-RESIDENT_THREADS // self.group.block) if rows else 1
 
     @property
     def lanes(self) -> int:
@@ -160,6 +169,10 @@ class Elements:
     @property
     def stage(self) -> str:
         return "elements"
+
+    @property
+    def resident(self) -> int:
+        return 1
 
     @property
     def integers(self) -> list[int | None]:
