@@ -37,7 +37,7 @@ LAYERS: dict[str, set[str]] = {
     # Arrays on a CUDA device: loaded by the first one.
     "cuda.__init__": {"cuda._in_kernels"},
     "cuda._plan": {"_semantics"},
-    "cuda._jobs": {"_formats", "_scalars"},
+    "cuda._jobs": {"_formats", "_scalars", "_semantics"},
     "cuda._prims": {"_formats", "_llvm", "_plain", "_scalars", "cuda._jobs"},
     "cuda._lanes": {"_scalars", "_semantics", "cuda._jobs"},
     "cuda._kernels": {

@@ -7,11 +7,12 @@ from numba import config
 
 from .. import _scalars
 from .._formats import FORMATS, Format
+from .._semantics import SOFTMAX
 
 SIMULATED = bool(config.ENABLE_CUDASIM)  # type: ignore[attr-defined]
 WARP = 32
-# A multiprocessor has registers for so many threads of a float32 row kernel, at least: as many as a
-# thread needs for 32 numbers. Left alone, the assembler takes half as many again on some architectures.
+# A multiprocessor has registers for so many threads that take float32 logarithms of rows, at least:
+# as many as do for 32 numbers. Left alone, the assembler takes half as many again here and there.
 RESIDENT_THREADS = 768
 Values = list[Any]
 
@@ -83,8 +84,9 @@ class Job:
     @property
     def resident(self) -> int:
         """Blocks that shall find room in a multiprocessor together."""
-        rows = self.along and not self.weighted and self.real.itemsize == 4
-        return -(-RESIDENT_THREADS // self.group.block) if rows else 1
+        logarithms = self.stage == "whole" and self.op != SOFTMAX
+        bound = logarithms and self.along and self.real.itemsize == 4
+        return -(-RESIDENT_THREADS // self.group.block) if bound else 1
 
     @property
     def lanes(self) -> int:
