@@ -104,15 +104,6 @@ def _kind_of_type(name: str, kind: Any) -> _Kind:
     return _Kind(_real(str(kind.dtype if isinstance(kind, types.Array) else kind), name))
 
 
-def _checked(threads: int | None) -> int:
-    if type(threads) is not int or not 1 <= threads <= MOST_THREADS or threads & (threads - 1):
-        said = "a variable" if threads is None else repr(threads)
-        raise TypeError(
-            f"threads must be a constant, a power of two of up to {MOST_THREADS}, not {said}"
-        )
-    return threads
-
-
 def _for_kernels(maker: Maker) -> Callable[[F], F]:
     """A public function whose calls run what ``maker`` makes for the kinds of their arguments."""
     made = functools.cache(maker)

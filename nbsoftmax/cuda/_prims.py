@@ -70,11 +70,12 @@ class Device(_llvm.Arithmetic):
         )
 
     def quotient(self, a: _llvm.Vector, b: _llvm.Vector) -> _llvm.Vector:
-        """`a / b`` for a b whose reciprocal is a normal number: less than an ulp off.
+        """``a / b`` for a finite a and a b whose reciprocal is normal: less than an ulp off.
 
-        The compiler's own division looks for the others first, in each thread.
+        The compiler's own division looks for the others first, in each thread. With weights there
+        may be others.
         """
-        if self.real.itemsize == 8:
+        if self.real != _scalars.FLOAT32:
             return super().quotient(a, b)
         text = "rcp.approx.ftz.f32 $0, $1;"
         inverse = _llvm.Vector(self, self._assembly(text, "=f,f", self.type, [b.value], False))
