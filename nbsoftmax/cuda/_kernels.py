@@ -61,7 +61,8 @@ class Functions:
         self.finish_signs = function(self._finish_signs, lanes)
         self.apply = function(self._apply, held)
         self.store_lanes = function(self._store_lanes)
-        self.cluster_barrier = function(self._cluster_barrier)
+        self.cluster_arrive = function(self._cluster_arrive)
+        self.cluster_wait = function(self._cluster_wait)
 
     # Memory. The address is that of a thread's first vector, `first` its lane element, `step` the
     # bytes to its next one. `limit` is where the lane ends, and `edge` how many columns there are.
@@ -249,8 +250,14 @@ class Functions:
             live = o.above(edge, k)
             o.write(form, o.plus(address, k * form.itemsize), [value], live)
 
-    def _cluster_barrier(self, o: Any) -> None:
-        o.cluster_barrier()
+    # No block may end while another reads its memory. Who arrives before it stores need not wait
+    # for its stores.
+
+    def _cluster_arrive(self, o: Any) -> None:
+        o.cluster_arrive()
+
+    def _cluster_wait(self, o: Any) -> None:
+        o.cluster_wait()
 
 
 # -- the kernels ----------------------------------------------------------------------------------
@@ -322,7 +329,8 @@ def in_registers(f: Functions) -> Callable[..., Any]:
 
 def _whole(job: Job) -> Callable[..., None]:
     f, position = Functions(job), _position(job)
-    load, store, store_lanes, cluster_barrier = f.load, f.store, f.store_lanes, f.cluster_barrier
+    load, store, store_lanes = f.load, f.store, f.store_lanes
+    cluster_arrive, cluster_wait = f.cluster_arrive, f.cluster_wait
     results_of = in_registers(f)
     along, width, advance, clusters = job.along, job.width, job.advance, job.group.blocks > 1
     size, out_size, reduces = job.form.itemsize, job.out_form.itemsize, job.op == LOGSUMEXP
@@ -337,13 +345,15 @@ def _whole(job: Job) -> Callable[..., None]:
         address = x + index * x_outer + column * size + first * x_n
         values = load(address, advance * x_n, first, limit, edge)
         results = results_of(values)
+        if clusters:
+            cluster_arrive()
         address = out + index * out_outer + column * out_size
         if reduces:
             store_lanes(address, edge if before == 0 else 0, results)
         else:
             store(address + first * out_n, advance * out_n, first, limit, edge, results)
-        if clusters:  # no block may end while another reads its memory
-            cluster_barrier()
+        if clusters:
+            cluster_wait()
 
     return kernel
 

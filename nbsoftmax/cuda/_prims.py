@@ -254,7 +254,8 @@ class Device(_llvm.Arithmetic):
         with b.if_then(b.icmp_unsigned("==", thread, ir.Constant(I32, 0))):
             for i, value in enumerate(values):
                 b.store(value.value, self._place(memory, ir.Constant(I32, i)))
-        self.cluster_barrier()
+        self.cluster_arrive()
+        self.cluster_wait()
         rank = b.and_(thread, ir.Constant(I32, group.blocks - 1))
         letter = "f" if self.real.itemsize == 4 else "d"
         text = (
@@ -270,13 +271,20 @@ class Device(_llvm.Arithmetic):
             )
         return got
 
-    def cluster_barrier(self) -> None:
+    def cluster_arrive(self) -> None:
+        """Say that this thread has read what it will of other blocks' memory."""
+        self._cluster("arrive.release")
+
+    def cluster_wait(self) -> None:
+        """Wait until all threads of the cluster have arrived."""
+        self._cluster("wait.acquire")
+
+    def _cluster(self, step: str) -> None:
         kind = ir.FunctionType(ir.VoidType(), [])
-        for step in ("arrive.release", "wait.acquire"):
-            text = f"barrier.cluster.{step}.aligned;"
-            assembly = ir.InlineAsm(kind, text, "~{memory}", side_effect=True)
-            # Not to be moved into a branch: all threads of a warp must meet there.
-            self.b.call(assembly, [], attrs=("convergent",))
+        text = f"barrier.cluster.{step}.aligned;"
+        assembly = ir.InlineAsm(kind, text, "~{memory}", side_effect=True)
+        # Not to be moved into a branch: all threads of a warp must meet there.
+        self.b.call(assembly, [], attrs=("convergent",))
 
     # -- memory ---------------------------------------------------------------------------------
 
@@ -503,7 +511,10 @@ class Simulated(_plain.Operations):
             return wanted
         return max(value for (value,) in self._exchanged([wanted], group).values())
 
-    def cluster_barrier(self) -> None:
+    def cluster_arrive(self) -> None:
+        pass
+
+    def cluster_wait(self) -> None:
         threading.current_thread().syncthreads()  # type: ignore[attr-defined]
 
     def all_of(self, conditions: Sequence[bool]) -> bool:
