@@ -191,6 +191,21 @@ def test_a_running_state(dtype, op):
     check(op, out.copy_to_host(), x)
 
 
+def test_several_numbers_pushed_at_once():
+    @cuda.jit
+    def kernel(x, out):
+        row = cuda.blockIdx.x
+        state = empty_state(np.float64)
+        for j in range(0, x.shape[1], 3):
+            state = push(state, (x[row, j], x[row, j + 1], x[row, j + 2]))
+        out[row] = nb.finish_logsumexp(state)
+
+    x = rows_of("float64", 60, 12)
+    out = cuda.to_device(np.zeros(60))
+    kernel[60, 1](cuda.to_device(x), out)
+    check(LOGSUMEXP, out.copy_to_host(), x)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_no_numbers_change_nothing(dtype):
     number = np.dtype(dtype).type
