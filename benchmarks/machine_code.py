@@ -3,6 +3,7 @@
 python benchmarks/machine_code.py                  # the table; exit status 1 if a bound is broken
 python benchmarks/machine_code.py --keep cubins    # leaves the machine code there too
 python benchmarks/machine_code.py --architectures 90
+python benchmarks/machine_code.py --share 2        # half of it: each kernel for some of them
 
 Needs no driver and no device; the packages are those of the extras cu12 and cu13, and
 nvidia-cuda-nvdisasm.
@@ -208,13 +209,16 @@ def broken(job: Kernel, code: Code) -> list[str]:
     return said
 
 
-def column(architecture: tuple[int, int], keep: Path) -> list[Code | None]:
-    """Compile all kernels for one architecture; None for those that it cannot run."""
+def column(architecture: tuple[int, int], keep: Path, share: int) -> list[Code | None]:
+    """Compile kernels for one architecture; None for those that it cannot run, or not its share."""
+    turn = ARCHITECTURES.index(architecture) if architecture in ARCHITECTURES else 0
+
+    def skipped(i: int, job: Kernel) -> bool:
+        clusters = isinstance(job, Job) and job.group.blocks > 1
+        return (i + turn) % share != 0 or (clusters and architecture < CLUSTERS)
+
     return [
-        None
-        if isinstance(job, Job) and job.group.blocks > 1 and architecture < CLUSTERS
-        else read(job, architecture, keep)
-        for job in jobs()
+        None if skipped(i, job) else read(job, architecture, keep) for i, job in enumerate(jobs())
     ]
 
 
@@ -223,6 +227,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=Path, help="folder for the cubins")
     parser.add_argument("--architectures", help="such as 80,90", default="")
+    parser.add_argument(
+        "--share", type=int, default=1,
+        help="compile one in so many kernels for each architecture, others for the next",
+    )  # fmt: skip
     options = parser.parse_args()
     chosen = ARCHITECTURES
     if options.architectures:
@@ -233,7 +241,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor() as processes:
         keep = options.keep or Path(scratch)
         keep.mkdir(parents=True, exist_ok=True)
-        columns = list(processes.map(column, chosen, [keep] * len(chosen)))
+        count = len(chosen)
+        columns = list(processes.map(column, chosen, [keep] * count, [options.share] * count))
     failures = []
     for job, *codes in zip(jobs(), *columns, strict=True):
         cells = []

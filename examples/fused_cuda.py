@@ -23,6 +23,7 @@ from nbsoftmax.cuda import empty_state, finish_log_softmax, push, reduce, softma
 THREADS = 128  # of a block, which has a row
 LONGEST = 4 * THREADS  # of a row of scores, held in registers
 HIDDEN = np.float32(-math.inf)
+LEAST, MOST = np.float32(2.0**-100), np.float32(1 - 2.0**-24)
 
 # What each pass reads and writes of an element: fused, and by one call after the other.
 BYTES = {
@@ -69,7 +70,9 @@ def sample_tokens(logits, temperature, states, tokens, logs):
         z = logits[row, j] / temperature
         state = push(state, z)
         uniform = xoroshiro128p_uniform_float32(states, row * THREADS + thread)
-        noisy = z - math.log(-math.log(max(uniform, np.float32(1e-30))))
+        # From 0, where float32 is fine, comes the largest noise; 0 and 1 themselves have none.
+        uniform = min(max(uniform, LEAST), MOST)
+        noisy = z - math.log(-math.log1p(-uniform))
         if noisy > best:
             best, value, token = noisy, z, j
     state = reduce(state, THREADS)

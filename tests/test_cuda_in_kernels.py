@@ -2,7 +2,10 @@
 
 import functools
 import importlib.util
+import os
 import pathlib
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -185,7 +188,7 @@ def test_a_running_state(dtype, op):
             out[row, j] = finish(state, x[row, j])
 
     kernel = reduced if op == LOGSUMEXP else several
-    x = rows_of(dtype, 60, 24)
+    x = rows_of(dtype, 30, 24)
     out = empty_like_result(op, x)
     kernel[len(x), 8](cuda.to_device(x), out)
     check(op, out.copy_to_host(), x)
@@ -289,6 +292,26 @@ def test_numbers_that_are_none_are_refused():
         kernel[1, 1](cuda.to_device(np.zeros(1, np.complex64)))
 
 
+def test_numbers_that_are_missing_are_refused():
+    @cuda.jit
+    def kernel(x):
+        x[0] = nb.logsumexp((), 1)
+
+    with pytest.raises(Exception, match="values must hold at least one number"):
+        kernel[1, 1](cuda.to_device(np.zeros(1)))
+
+
+def test_the_widest_of_several_numbers_decides():
+    @cuda.jit
+    def kernel(x, small, out):
+        out[0] = nb.logsumexp((x[0], small[0]), 1)
+
+    out = cuda.to_device(np.zeros(1))
+    arrays = [cuda.to_device(a) for a in (np.ones(1, np.float32), np.ones(1, np.int8))]
+    kernel[1, 1](*arrays, out)
+    check(LOGSUMEXP, out.copy_to_host(), np.ones((1, 2)))
+
+
 @pytest.mark.parametrize("name", ["softmax", "push", "logsumexp_row"])
 def test_a_call_outside_of_kernels_says_so(name):
     with pytest.raises(RuntimeError, match=f"{name} is for kernels"):
@@ -344,3 +367,30 @@ def test_fused_sampling():
         got = logs.copy_to_host()
         oracle.assert_close("log_softmax", got, expected[np.arange(3), chosen])
     np.testing.assert_array_equal(chosen, logits.argmax(axis=1))
+
+
+# -- compiled -------------------------------------------------------------------------------------
+
+COMPILED = """
+from numba.cuda import types
+from nbsoftmax.cuda import _compile, log_softmax, logsumexp_row, softmax_row
+
+def kernel(x, out):
+    softmax_row(x, out, 32)
+    out[0] = log_softmax(x[0], 32) + logsumexp_row(x, 64)
+
+array = types.Array(types.float32, 1, "C")
+for architecture in ((9, 0), (7, 5), (9, 0)):
+    code, _ = _compile.machine_code(kernel, (array, array), 64, architecture)
+    print(len(code) > 0)
+"""
+
+
+@pytest.mark.slow
+def test_one_process_compiles_for_several_architectures():
+    """An instruction that only the first one has must not get into the code of the second."""
+    environment = {name: v for name, v in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.split() == ["True"] * 3, done.stderr

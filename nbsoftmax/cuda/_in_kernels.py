@@ -28,11 +28,11 @@ Maker = Callable[..., Callable[..., Any]]
 
 
 class State(NamedTuple):
-    r"""What is known of the numbers seen so far: a running logsumexp.
+    """What is known of the numbers seen so far: a running logsumexp.
 
-    Its sum is :math:`\sum e^{x_i - m}` over all numbers but one largest, in two parts, scaled by a
-    power of two. To be made by `empty_state`, `push`, `merge` and `reduce` only, and read by the
-    functions that begin with ``finish``.
+    Its sum is that of :math:`e^{x_i}` over all numbers below the largest, in two parts, scaled by
+    what the largest alone decides. To be made by `empty_state`, `push`, `merge` and `reduce` only,
+    and read by the functions that begin with ``finish``.
 
     Attributes
     ----------
@@ -76,13 +76,20 @@ def _real(dtype: str, name: str) -> _scalars.Real:
     return REALS[dtype]
 
 
+def _of_several(dtypes: list[str], name: str) -> _Kind:
+    """Of a tuple: the widest decides."""
+    if not dtypes:
+        raise TypeError(f"{name} must hold at least one number")
+    reals = [_real(dtype, name) for dtype in dtypes]
+    return _Kind(max(reals, key=lambda real: real.itemsize), len(dtypes))
+
+
 def _kind(name: str, value: Any) -> _Kind:
     """Of a Python value, in the simulator."""
     if name == "threads":
         return _Kind(value=value)
     if isinstance(value, tuple):
-        dtypes = {np.asarray(v).dtype for v in value}
-        return _Kind(_real(np.result_type(*dtypes).name, name), len(value))
+        return _of_several([np.asarray(v).dtype.name for v in value], name)
     if name == "dtype":
         return _Kind(_real(np.dtype(value).name, name))
     dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
@@ -97,8 +104,7 @@ def _kind_of_type(name: str, kind: Any) -> _Kind:
         return _Kind(value=kind.literal_value if isinstance(kind, types.Literal) else None)
     kind = types.unliteral(kind)
     if isinstance(kind, types.BaseTuple):
-        dtypes = {np.dtype(_real(str(types.unliteral(k)), name).name) for k in kind}
-        return _Kind(_real(np.result_type(*dtypes).name, name), len(kind))
+        return _of_several([str(types.unliteral(k)) for k in kind], name)
     if name == "dtype":
         return _Kind(_real(str(getattr(kind, "dtype", kind)), name))
     return _Kind(_real(str(kind.dtype if isinstance(kind, types.Array) else kind), name))
@@ -357,10 +363,10 @@ def softmax(values: Any, threads: int) -> Any:
 
     Notes
     -----
-    Of up to 32 threads, all of a warp that have not ended must call it together; of more, all of
-    the block. Threads are numbered as CUDA numbers them, through all dimensions of the block. More
-    than 32 threads meet in shared memory, 128 or 256 bytes for each number of what they exchange;
-    it may be called again at once, in a loop too.
+    Of 1 thread, any may call it; of up to 32, all of a warp that have not ended must call it
+    together; of more, all of the block. Threads are numbered as CUDA numbers them, through all
+    dimensions of the block. More than 32 threads meet in shared memory, 128 or 256 bytes for each
+    number of what they exchange; it may be called again at once, in a loop too.
 
     At most 3 ulp from the exact result, offsets and spreads of any size included. A lane that holds
     a NaN or inf, or nothing but -inf, gives NaN. Global memory is neither read nor written.

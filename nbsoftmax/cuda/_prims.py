@@ -601,8 +601,12 @@ def _memory(form: Format, address: int, count: int) -> np.ndarray[Any, Any]:
 
 
 def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What kernels may call, compiled with them."""
-    return function if SIMULATED else cuda.jit(device=True)(function)
+    """What kernels may call, compiled anew with each: what it lifts looks at the architecture."""
+    if SIMULATED:
+        return function
+    from numba.cuda.extending import register_jitable
+
+    return register_jitable(function)  # type: ignore[no-any-return]
 
 
 def _thread_number() -> int:
