@@ -168,14 +168,20 @@ def planned(op: str, form: str, shape: tuple[int, int, int]) -> _plan.Plan:
     return _plan.plan(op, *shape, size, real, cluster=False)
 
 
+def parts(name: str) -> tuple[str, str, str, tuple[int, int, int]]:
+    """Split a kernel's name in nvcc.json: op, stage, dtype, and the shape it was planned for."""
+    op, stage, form, text = name.rsplit("_", 3)
+    outer, n, inner = map(int, text.split("x"))
+    return op, stage, form, (outer, n, inner)
+
+
 def kernels(report: dict[str, Any]) -> dict[str, dict[str, Kernel]]:
     """Read the kernels of nvcc.json, for each architecture."""
     found: dict[str, dict[str, Kernel]] = {}
     for architecture, made in report["code"].items():
         for name, sides in made.items():
-            op, stage, form, text = name.rsplit("_", 3)
-            outer, n, inner = map(int, text.split("x"))
-            plan = planned(op, form, (outer, n, inner))
+            op, stage, form, shape = parts(name)
+            plan = planned(op, form, shape)
             if sides["ours"]["numbers"] != plan.vectors * plan.width:
                 raise RuntimeError(f"{name} has another tile now: run benchmarks/nvcc_table.py")
             each = Kernel(GPUS[architecture], op, stage, form, plan, sides["ours"])

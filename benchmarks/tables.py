@@ -162,8 +162,7 @@ def accuracy() -> Iterator[str]:
 
 def _kernel(name: str) -> str:
     """Name a kernel as the tables do."""
-    op, stage, form, text = name.rsplit("_", 3)
-    _, n, inner = (int(part) for part in text.split("x"))
+    op, stage, form, (_, n, inner) = occupancy.parts(name)
     lanes = "row" if inner == 1 else "columns"
     part = "" if stage == "whole" else f", {stage}"
     return f"{op}{part}, {lanes} of {n:,} {form}"

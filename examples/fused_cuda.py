@@ -38,22 +38,26 @@ BYTES = {
 }
 
 
+@cuda.jit(device=True)
+def seen(scores, visible, scale, row, j):
+    """``scale * scores`` where it is visible, and nothing behind the end of a row."""
+    return scale * scores[row, j] if j < scores.shape[1] and visible[row, j] else HIDDEN
+
+
 @cuda.jit
 def attention_weights(scores, visible, scale, weights):
     """``weights = softmax(scale * scores)`` of what is visible; rows of up to `LONGEST`."""
-    row, j = cuda.blockIdx.x, cuda.threadIdx.x
-    n = scores.shape[1]
-    a = scale * scores[row, j] if j < n and visible[row, j] else HIDDEN
-    j += THREADS
-    b = scale * scores[row, j] if j < n and visible[row, j] else HIDDEN
-    j += THREADS
-    c = scale * scores[row, j] if j < n and visible[row, j] else HIDDEN
-    j += THREADS
-    d = scale * scores[row, j] if j < n and visible[row, j] else HIDDEN
-    results = softmax((a, b, c, d), THREADS)
+    row, thread = cuda.blockIdx.x, cuda.threadIdx.x
+    values = (
+        seen(scores, visible, scale, row, thread),
+        seen(scores, visible, scale, row, thread + THREADS),
+        seen(scores, visible, scale, row, thread + 2 * THREADS),
+        seen(scores, visible, scale, row, thread + 3 * THREADS),
+    )
+    results = softmax(values, THREADS)
     for k in range(4):
-        j = cuda.threadIdx.x + k * THREADS
-        if j < n:
+        j = thread + k * THREADS
+        if j < weights.shape[1]:
             weights[row, j] = results[k]
 
 

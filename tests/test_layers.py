@@ -44,7 +44,8 @@ LAYERS: dict[str, set[str]] = {
         *("_formats", "_scalars", "_semantics", "cuda._jobs", "cuda._lanes", "cuda._prims"),
     },
     "cuda._in_kernels": {
-        *("_scalars", "_semantics", "cuda._jobs", "cuda._kernels", "cuda._lanes", "cuda._prims"),
+        *("_formats", "_scalars", "_semantics"),
+        *("cuda._jobs", "cuda._kernels", "cuda._lanes", "cuda._prims"),
     },
     "cuda._compile": {"cuda._jobs", "cuda._kernels"},
     "cuda._arrays": {"_formats", "_semantics", "cuda._jobs"},

@@ -98,7 +98,7 @@ def _compiled(job: Job | Elements, architecture: Architecture, report: bool) -> 
         types.int64 if count is None else types.UniTuple(types.int64, count)
         for count in job.integers
     ]
-    with _compiling, _without_a_device(architecture):
+    with _compiling:  # what a kernel calls is entered in Numba's registries
         kernel = _kernels.kernel(job)
         return machine_code(kernel, arguments, job.group.block, architecture, report, job.resident)
 

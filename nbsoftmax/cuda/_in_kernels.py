@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from .. import _scalars
+from .._formats import FORMATS
 from .._semantics import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from . import _lanes
 from ._jobs import SIMULATED, Group, Job
@@ -61,19 +62,11 @@ class _Kind(NamedTuple):
     value: Any = None  # of a constant
 
 
-REALS = {
-    "float16": _scalars.FLOAT32,
-    "float32": _scalars.FLOAT32,
-    "float64": _scalars.FLOAT64,
-}
-
-
 def _real(dtype: str, name: str) -> _scalars.Real:
-    if dtype.startswith(("int", "uint", "bool")):
-        return _scalars.FLOAT64
-    if dtype not in REALS:
+    form = FORMATS.get(dtype)
+    if form is None or form.kind == "V":
         raise TypeError(f"{name} must hold float16, float32, float64 or integers, not {dtype}")
-    return REALS[dtype]
+    return form.real
 
 
 def _of_several(dtypes: list[str], name: str) -> _Kind:
