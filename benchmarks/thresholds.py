@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 import timeit
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from nbsoftmax import _machine, _plan
 NEVER = 1 << 60
 KIB, MIB = 1 << 10, 1 << 20
 SAMPLE_SECONDS = 1e-3
+ASLEEP_SECONDS = 2e-3  # after which no helper listens
 Changes = dict[str, int]
 # Given a size in the limit's own unit: the shape, the axis and the dtype of an array about there.
 Arrays = Callable[[int], tuple[tuple[int, ...], int, str]]
@@ -47,6 +49,7 @@ class Border:
     # and with the limit at 0, of large ones.
     below: Changes = field(default_factory=dict)
     above: Changes = field(default_factory=dict)
+    cold: bool = False  # single calls, before which helpers have gone to sleep
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,13 @@ EXPERIMENTS: dict[str, Border | Size] = {
         lambda inner: ((1000, 100, inner), 1, "float32"),
     ),
     "serial_bytes": Border(
-        _doubling(64 * KIB, 8 * MIB),
+        _doubling(32 * KIB, 512 * KIB),
         lambda size: ((size // 4000, 1000), -1, "float32"),
+    ),
+    "wake_bytes": Border(
+        _doubling(256 * KIB, 8 * MIB),
+        lambda size: ((size // 4000, 1000), -1, "float32"),
+        cold=True,
     ),
     "chunks_per_thread": Size(
         (1, 2, 4, 8, 16, 32, 64), ((2048, 1000), -1, "float32"), {"chunk_items": 1}
@@ -155,7 +163,10 @@ EXPERIMENTS: dict[str, Border | Size] = {
 
 
 def medians(
-    array: tuple[tuple[int, ...], int, str], variants: list[Changes], rounds: int
+    array: tuple[tuple[int, ...], int, str],
+    variants: list[Changes],
+    rounds: int,
+    cold: bool = False,
 ) -> list[float]:
     """Return the median seconds of softmax with each of these limits, taken in turn."""
     shape, axis, dtype = array
@@ -167,7 +178,9 @@ def medians(
             with _plan.using(**changes):
                 call()  # plans anew, and may compile
                 once = timeit.timeit(call, number=1)
-                calls = 1 + int(SAMPLE_SECONDS / once)
+                calls = 1 if cold else 1 + int(SAMPLE_SECONDS / once)
+                if cold:
+                    time.sleep(ASLEEP_SECONDS)
                 seconds.append(timeit.timeit(call, number=calls) / calls)
     return [statistics.median(seconds) for seconds in times]
 
@@ -197,7 +210,7 @@ def measure(name: str, experiment: Border | Size, rounds: int) -> dict[str, Any]
         figures, sizes = [], experiment.sizes
         for size in sizes:
             variants = [{name: NEVER} | experiment.below, {name: 0} | experiment.above]
-            below, above = medians(experiment.array(size), variants, rounds)
+            below, above = medians(experiment.array(size), variants, rounds, experiment.cold)
             figures.append(below / above)
         best = crossing(list(sizes), figures)
     return {

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,24 +35,33 @@ class Call:
     parameters: Array
     items: int
     parallel: bool
+    wakes: bool  # takes longer than waking a thread
 
     def __call__(self, x: Array, out: Array, pairs: Array | None, threads: int) -> None:
-        if threads == 1 or not self.parallel:
+        if threads > 1 and self.parallel and (self.wakes or _pool.heard(threads)):
+            _pool.share(_Running(self, x, out, pairs, threads), threads)
+        else:
             self.kernel(x, out, pairs, self.parameters, None)
-            return
-        ticket = np.zeros(_handover.BEGAN + threads, np.int64)
-        kernel, parameters, items = self.kernel, self.parameters, self.items
 
-        def cancel() -> None:
-            ticket[0] = 1 << 31  # more chunks than there are
 
-        _pool.share(
-            lambda: kernel(x, out, pairs, parameters, ticket),
-            threads,
-            lambda: bool(ticket[8] == items),
-            cancel,
-            _pool.Loan(self.machine_code, (x, out, pairs, parameters), ticket),
-        )
+class _Running(_pool.Job):
+    """A call that threads share."""
+
+    __slots__ = ("call", "loan", "wakes")
+
+    def __init__(self, call: Call, x: Array, out: Array, pairs: Array | None, threads: int) -> None:
+        self.call, self.wakes = call, call.wakes
+        ticket = _handover.ticket(threads)
+        self.loan = (call.machine_code, x, out, pairs, call.parameters, ticket)
+
+    def work(self) -> None:
+        self.call.kernel(*self.loan[1:])
+
+    def finished(self) -> bool:
+        return bool(self.loan[-1][_handover.FINISHED] == self.call.items)
+
+    def cancel(self) -> None:
+        self.loan[-1][0] = 1 << 31  # more chunks than there are
 
 
 def _call(
@@ -60,7 +69,7 @@ def _call(
     shape: tuple[int, int, int],
     block: int,
     item_bytes: int,
-    parallel: bool,
+    work_bytes: int,
     strides: dict[str, int],
 ) -> Call:
     """``job`` on an array folded to ``shape``, its lanes cut into blocks of ``block``."""
@@ -73,9 +82,11 @@ def _call(
         panels = -(-inner // (job.panel * width)) + strides.get("shifted", 0)
     items = outer * blocks * panels
     chunk = items
-    if parallel:
+    threads = _pool.most_threads() if work_bytes >= _plan.LIMITS.serial_bytes else 1
+    wakes = work_bytes >= _plan.LIMITS.wake_bytes
+    if threads > 1:
         group = width if job.walk == "short" else 1
-        chunk = _plan.chunk_items(items, item_bytes, group, _pool.most_threads())
+        chunk = _plan.chunk_items(items, item_bytes, group, threads, wakes)
     rows = block + width if job.walk == "short" else block
     row = itemsize if job.walk == "along" else job.panel * _plan.VECTOR_BYTES
     numbers = {
@@ -95,7 +106,7 @@ def _call(
     parameters = np.array([numbers.get(name, 0) for name in kernels.PARAMETERS], np.int64)
     kernel = kernels.compiled(job)
     machine_code = np.array([kernel.address], np.int64)
-    return Call(kernel.call, machine_code, parameters, items, chunk < items)
+    return Call(kernel.call, machine_code, parameters, items, chunk < items, wakes)
 
 
 # -- one lane layout, remembered -------------------------------------------------------------------
@@ -140,7 +151,11 @@ class Launch:
         if self.small is not None:
             self.small(x, out, None, self.calls[0].parameters, None)
             return
-        self.with_threads(x, out, _pool.thread_count() if self.parallel else 1)
+        threads = _pool.thread_count() if self.parallel else 1
+        if self.pairs:
+            self.with_threads(x, out, threads)
+        else:
+            self.calls[0](x, out, None, threads)
 
     def with_threads(self, x: Array, out: Array, threads: int) -> None:
         """`into` with a number of threads."""
@@ -208,7 +223,7 @@ def _launch(
         past_cache = past_cache and alike and (shifted or out_at == 0)
     if plan.walk == "short":  # whole lines of several rows
         past_cache = past_cache and fold.out_outer == n * size == n * real.itemsize
-    parallel = outer * n * inner * real.itemsize >= _plan.LIMITS.serial_bytes
+    work_bytes = outer * n * inner * real.itemsize
     row = plan.panel * _plan.VECTOR_BYTES if across else real.itemsize
     item_bytes = min(n, plan.block) * row
     x_steps = {
@@ -225,7 +240,7 @@ def _launch(
 
     def walk(op: str, result: _formats.Format, steps: dict[str, int], past: bool = False) -> Call:
         job = kernels.Job(op, source.name, result.name, plan.walk, plan.panel, past)
-        return _call(job, folded, plan.block, item_bytes, parallel, x_steps | steps)
+        return _call(job, folded, plan.block, item_bytes, work_bytes, x_steps | steps)
 
     blocks = plan.blocks(n)
     lanes = outer * inner
@@ -252,7 +267,7 @@ def _launch(
         pairs = ((3, outer, blocks, inner),)
         calls = [
             walk(kernels.PAIRS, _formats.FORMATS[real.name], {"out_plane": lanes * blocks * size}),
-            _call(merge, (outer, blocks, inner), blocks, merge_bytes, parallel, merge_steps),
+            _call(merge, (outer, blocks, inner), blocks, merge_bytes, work_bytes, merge_steps),
         ]
         if last:
             pairs += ((3, outer, inner),)
@@ -300,8 +315,7 @@ def yardstick(x: Array, out: Array | None) -> Callable[[], None]:
         copied = out.reshape(-1).view(np.uint8)
         result = copied[: words.size - rest].view(np.float32)
     steps = {"x_block": 4 * block, "out_block": 4 * block}
-    parallel = x.nbytes >= _plan.LIMITS.serial_bytes
-    call = _call(job, (1, size, 1), block, 4 * block, parallel, steps)
+    call = _call(job, (1, size, 1), block, 4 * block, x.nbytes, steps)
 
     def run() -> None:
         call(source, result, None, _pool.thread_count())
@@ -531,39 +545,56 @@ def _packed(
     for size in x.shape[len(kept) :]:
         n *= size
     wide = 8 if weights is not None else max(4, result.itemsize)
-    pieces = deque(_pieces(kept_shape, n * wide))
-    count = len(pieces)
-    done: list[None] = []
-    errors: list[BaseException] = []
 
-    def work() -> None:
+    def compute(piece: Any) -> None:
+        part = [None if a is None else a[piece] for a in (mask, weights)]
+        value, signs = _piece(op, x[piece], part[0], part[1], n, result)
+        if signs is not None and sign is None:
+            value[signs < 0] = np.nan
+        out[piece] = value.reshape(out[piece].shape)
+        if sign is not None and signs is not None:
+            sign[piece] = signs.reshape(sign[piece].shape)
+
+    job = _Pieces(_pieces(kept_shape, n * wide), compute)
+    threads = _pool.thread_count() if x.size * wide >= _plan.LIMITS.wake_bytes else 1
+    if threads > 1 and job.count > 1:
+        _pool.share(job, min(threads, job.count))
+    else:
+        job.work()
+    if job.errors:
+        raise job.errors[0]
+
+
+class _Pieces(_pool.Job):
+    """Parts of an array that threads share, with what is done to each."""
+
+    def __init__(self, pieces: Iterable[Any], compute: Callable[[Any], object]) -> None:
+        self.left = deque(pieces)
+        self.compute = compute
+        self.count = len(self.left)
+        self.done: list[None] = []
+        self.errors: list[BaseException] = []  # for the calling thread to raise
+
+    def work(self) -> None:
         with np.errstate(all="ignore"):
             while True:
                 try:
-                    piece = pieces.popleft()
+                    piece = self.left.popleft()
                 except IndexError:
                     return
                 try:
-                    part = [None if a is None else a[piece] for a in (mask, weights)]
-                    value, signs = _piece(op, x[piece], part[0], part[1], n, result)
-                    if signs is not None and sign is None:
-                        value[signs < 0] = np.nan
-                    out[piece] = value.reshape(out[piece].shape)
-                    if sign is not None and signs is not None:
-                        sign[piece] = signs.reshape(sign[piece].shape)
-                except BaseException as error:  # raised again in the calling thread
-                    errors.append(error)
-                    pieces.clear()
-                    done.extend([None] * count)
-                done.append(None)
+                    self.compute(piece)
+                except BaseException as error:
+                    self.errors.append(error)
+                    self.cancel()
+                    self.done.extend([None] * self.count)
+                self.done.append(None)
 
-    threads = _pool.thread_count() if x.size * wide >= _plan.LIMITS.serial_bytes else 1
-    if threads > 1 and count > 1:
-        _pool.share(work, min(threads, count), lambda: len(done) >= count, pieces.clear)
-    else:
-        work()
-    if errors:
-        raise errors[0]
+    def finished(self) -> bool:
+        return len(self.done) >= self.count
+
+    def cancel(self) -> None:
+        self.left.clear()
 
 
 def _pieces(shape: tuple[int, ...], lane_bytes: int) -> Any:
@@ -649,7 +680,7 @@ def _weighted_pairs(x: Array, weights: Array) -> tuple[Array, Array, Array]:
 @functools.lru_cache(maxsize=64)
 def _weighted_call(lanes: int, n: int) -> Call:
     job = kernels.Job(kernels.PAIRS, "float64", "float64", "along", weighted=True)
-    return _call(job, (lanes, n, 1), n, 8 * n, False, {"x_outer": 8 * n, "out_plane": 8 * lanes})
+    return _call(job, (lanes, n, 1), n, 8 * n, 0, {"x_outer": 8 * n, "out_plane": 8 * lanes})
 
 
 # -- dtypes that only SciPy knows -----------------------------------------------------------------

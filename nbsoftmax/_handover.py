@@ -39,6 +39,11 @@ BOX_WORDS = 16  # two cache lines: neighbours do not disturb each other
 LOOKS = 4000
 # A caller that waited so long leaves it to the interpreter, which lets others run meanwhile.
 PATIENCE = 100_000
+# What `lend` says: all is done; all is done, but somebody who seemed to listen did not begin, as on
+# a machine with more threads at work than cores; parts of the call are not done yet.
+TOGETHER, UNHEARD, LATE = range(3)
+FINISHED = 8  # word of the ticket that counts the items that are done
+ITEMS = 0  # word of the parameters that says how many there are
 
 
 def boxes(count: int) -> Array:
@@ -46,6 +51,18 @@ def boxes(count: int) -> Array:
     memory = np.zeros((count + 1) * BOX_WORDS, np.int64)
     start = -(memory.ctypes.data // 8) % BOX_WORDS
     return memory[start : start + count * BOX_WORDS].reshape(count, BOX_WORDS)
+
+
+@functools.cache
+def _new_ticket(threads: int) -> Array:
+    words = np.zeros(BEGAN + threads, np.int64)
+    words[BEGAN:] = -1
+    return words
+
+
+def ticket(threads: int) -> Array:
+    """The words that threads count by in one call: nothing is taken, nobody has begun."""
+    return _new_ticket(threads).copy()
 
 
 class _Box:
@@ -81,14 +98,19 @@ class _Box:
         return self.b.add(counted, ir.Constant(I64, OFFERED))
 
 
+def _count(b: ir.IRBuilder, counter: ir.Value) -> ir.Value:
+    """One more, and how many there are now."""
+    count = b.add(b.load(counter), ir.Constant(I64, 1))
+    b.store(count, counter)
+    return count
+
+
 def _looked(b: ir.IRBuilder, counter: ir.Value, most: int) -> ir.Value:
     """Count a look in vain, and pause; whether that were ``most``."""
     if platform.machine() in ("x86_64", "AMD64"):
         kind = ir.FunctionType(ir.VoidType(), [])
         b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse2.pause"), [])
-    looks = b.add(b.load(counter), ir.Constant(I64, 1))
-    b.store(looks, counter)
-    return b.icmp_signed(">=", looks, ir.Constant(I64, most))
+    return b.icmp_signed(">=", _count(b, counter), ir.Constant(I64, most))
 
 
 def _call(b: ir.IRBuilder, kernel: ir.Value, arguments: list[ir.Value]) -> None:
@@ -156,16 +178,18 @@ def _emit_lend(
     def generate(context: Any, b: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         first, count, kernel, *values = arguments
         words = [b.load(_Box(b, kernel).word(0)), *values]
-        helps = [*words[:-1], b.or_(words[-1], ir.Constant(I64, 1))]  # an odd ticket
+        parameters, ticket = values[-2:]
+        helps = [*words[:-1], b.or_(ticket, ir.Constant(I64, 1))]  # an odd ticket
         size = ir.Constant(I64, 8 * BOX_WORDS)
-        nobody = ir.Constant(I64, -1)
+        nobody, zero = ir.Constant(I64, -1), ir.Constant(I64, 0)
+        asked, helped, late = (cgutils.alloca_once_value(b, zero) for _ in range(3))
 
         def each() -> Any:
             """A loop over the boxes, with the place that keeps each one's count of calls."""
             with cgutils.for_range(b, count, intp=I64) as loop:
                 box = _Box(b, b.add(first, b.mul(loop.index, size)))
                 offset = b.mul(b.add(loop.index, ir.Constant(I64, BEGAN)), ir.Constant(I64, 8))
-                yield box, b.inttoptr(b.add(values[-1], offset), I64.as_pointer())
+                yield box, b.inttoptr(b.add(ticket, offset), I64.as_pointer())
 
         for box, place in each():
             b.store(nobody, place)
@@ -175,21 +199,29 @@ def _emit_lend(
                 for i, word in enumerate(helps):
                     b.store(word, box.word(CALL + i))
                 box.write(STATE, box.offer(done))
-        _call(b, words[0], words[1:])
+                _count(b, asked)
+        _call(b, words[0], values)
         for box, place in each():
             before = b.load(place)
             with b.if_then(b.icmp_signed("!=", before, nobody)):
                 withdrawn = box.change(box.offer(before), LISTENING)
                 b.store(b.select(withdrawn, nobody, before), place)
                 with b.if_then(b.not_(withdrawn)):
-                    _wait(b, box, before, place)
-        return context.get_dummy_value()
+                    _count(b, helped)
+                    _wait(b, box, before, place, late)
+        items = b.load(_Box(b, parameters).word(ITEMS))
+        missing = b.icmp_signed("!=", _Box(b, ticket).read(FINISHED), items)
+        missing = b.or_(missing, b.icmp_signed("!=", b.load(late), zero))
+        in_vain = b.icmp_signed("<", b.load(helped), b.load(asked))
+        answer = b.select(in_vain, ir.Constant(I64, UNHEARD), ir.Constant(I64, TOGETHER))
+        return b.select(missing, ir.Constant(I64, LATE), answer)
 
-    return types.void(boxes, count, kernel, x, out, pairs, parameters, ticket), generate
+    arguments = (boxes, count, kernel, x, out, pairs, parameters, ticket)
+    return types.int64(*arguments), generate
 
 
-def _wait(b: ir.IRBuilder, box: _Box, before: ir.Value, place: ir.Value) -> None:
-    """Until the box has run its call, and ``place`` says that nobody is at work, or too long."""
+def _wait(b: ir.IRBuilder, box: _Box, before: ir.Value, place: ir.Value, late: ir.Value) -> None:
+    """Until the box has run its call, which ``place`` says then, or until it is too ``late``."""
     counter = cgutils.alloca_once(b, I64)
     b.store(ir.Constant(I64, 0), counter)
     look, rest = b.append_basic_block("wait"), b.append_basic_block("wait_on")
@@ -198,7 +230,10 @@ def _wait(b: ir.IRBuilder, box: _Box, before: ir.Value, place: ir.Value) -> None
     b.position_at_end(look)
     b.cbranch(b.icmp_signed("==", box.read(DONE), before), rest, done)
     b.position_at_end(rest)
-    b.cbranch(_looked(b, counter, PATIENCE), leave, look)
+    with b.if_then(_looked(b, counter, PATIENCE)):
+        b.store(ir.Constant(I64, 1), late)
+        b.branch(leave)
+    b.branch(look)
     b.position_at_end(done)
     b.store(ir.Constant(I64, -1), place)
     b.branch(leave)
@@ -210,7 +245,7 @@ def _listen(box):  # type: ignore[no-untyped-def]
 
 
 def _lend(boxes, count, kernel, x, out, pairs, parameters, ticket):  # type: ignore[no-untyped-def]
-    _emit_lend(boxes, count, kernel, x, out, pairs, parameters, ticket)
+    return _emit_lend(boxes, count, kernel, x, out, pairs, parameters, ticket)
 
 
 def prepare() -> None:
@@ -238,7 +273,7 @@ def lend() -> Any:
 
     In this thread, and in every box whose helper listens.  ``kernel`` holds the address of its
     machine code.  The ticket gets a word for each box: -1, or what its `DONE` was before a call
-    that still runs.
+    that still runs.  Returns `TOGETHER`, `UNHEARD` or `LATE`.
     """
     signature = (_entry.ADDRESS, types.int64, *[_entry.ADDRESS] * (1 + ARGUMENTS))
     return _entry.ready(_lend, ["lend"], signature).call

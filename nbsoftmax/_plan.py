@@ -46,8 +46,10 @@ class Limits:
     few_panels_bytes: int = 32 * 1024
     # Fewer neighbouring lanes than this leave a vector too empty: such arrays are packed to rows.
     narrow_elements: int = 4
-    # Below this one thread is done before a second has woken up, which takes 30 to 50 us (Zen 4).
-    serial_bytes: int = 1024 * 1024
+    # Below this one thread is done before it could have told another; below the second, before a
+    # sleeping one has woken up, which takes 30 to 50 us (Zen 4): only those that listen help.
+    serial_bytes: int = 192 * 1024
+    wake_bytes: int = 1024 * 1024
     # Work is taken in chunks: some for each thread, so that all end together, but none so small
     # that its first items, which run without overlap, count: two chunks of 16 long rows are a third
     # faster than eight of 4.
@@ -103,10 +105,13 @@ class Plan:
         return max(1, -(-n // self.block))
 
 
-def chunk_items(items: int, item_bytes: int, group: int, threads: int) -> int:
-    """How many items a thread takes at a time, whole groups of them."""
+def chunk_items(items: int, item_bytes: int, group: int, threads: int, wakes: bool) -> int:
+    """How many items a thread takes at a time, whole groups of them.
+
+    Threads that are woken come at different times; those that listen begin together.
+    """
     least = -(-LIMITS.chunk_bytes // max(1, item_bytes))
-    share = -(-items // (LIMITS.chunks_per_thread * threads))
+    share = -(-items // (LIMITS.chunks_per_thread * threads if wakes else threads))
     overlapped = min(LIMITS.chunk_items, -(-items // threads))  # as long as all have some
     return -(-max(1, least, share, overlapped) // group) * group
 

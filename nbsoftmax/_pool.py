@@ -5,7 +5,8 @@ forked child.  Here the calling thread works too and never waits for a helper th
 so nothing can hang; a forked child starts with no helpers and hires its own.
 
 A helper waits in two ways: for some microseconds it listens for kernel calls (`_handover`), then it
-sleeps until a job is put into the queue.
+sleeps until a job is put into the queue.  Calls that are shorter than waking takes only ask those
+that listen; where such calls follow each other closely, helpers are woken to listen for the next.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import config, get_num_threads
 
@@ -29,12 +30,40 @@ _hiring = threading.Lock()
 _boxes: Any = None  # one for each helper
 
 
-class Loan(NamedTuple):
-    """A kernel call that a listening helper can run by itself."""
+# Calls of one thread that begin within so many nanoseconds follow each other closely.
+CLOSELY_NS = 200_000
+# Helpers are woken to listen for such calls no more often than this, and half as often each time
+# that they were not heard: where all cores are busy, waking them costs more than they help.
+WAKE_AGAIN_NS = 1_000_000
+# Where a helper seemed to listen and had no core, nobody listens for so long.
+ALONE_NS = 100_000_000
 
-    kernel: Any
-    arguments: tuple[Any, ...]
-    ticket: Any
+
+class Job:
+    """What threads share: they take parts of it until none is left."""
+
+    # What a listening helper needs to run it without the interpreter: a kernel's address, its
+    # arguments, the last of which is the ticket. Nothing if it needs the interpreter.
+    loan: tuple[Any, ...] = ()
+    # Whether it takes longer than waking a thread, else `heard` says if it is worth sharing.
+    wakes = True
+
+    def work(self) -> None:
+        """Take parts until none is left."""
+        raise NotImplementedError
+
+    def finished(self) -> bool:
+        """Whether all parts are done."""
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        """Leave no part to take."""
+        raise NotImplementedError
+
+
+_last_short = (0, 0)  # the last short call's thread, and when it began
+_woken, _wake_again = 0, WAKE_AGAIN_NS  # when helpers were last woken to listen, and may be again
+_alone = -ALONE_NS  # when one last had no core
 
 
 def _forget() -> None:
@@ -89,47 +118,40 @@ def _hire(count: int) -> None:
         _hiring.release()
 
 
-def share(
-    work: Work,
-    threads: int,
-    finished: Callable[[], bool],
-    cancel: Callable[[], object],
-    loan: Loan | None = None,
-) -> None:
-    """Run ``work`` here and in up to ``threads - 1`` helpers, until ``finished()``.
+def share(job: Job, threads: int) -> None:
+    """Run the job here and in up to ``threads - 1`` helpers, until it is finished.
 
-    ``work`` takes parts of the job until none is left, and ``loan`` does for helpers that listen.
-    If it is interrupted here (Ctrl-C), ``cancel`` leaves no part to take, and the helpers that took
-    one are waited for: nothing is written any more when the caller sees the exception.
+    If it is interrupted here (Ctrl-C), no part is left to take, and the helpers that took one are
+    waited for: nothing is written any more when the caller sees the exception.
     """
-    if _helpers < threads - 1:
+    loan = job.loan
+    boxes = _hired(threads) if loan else None
+    listening = _listening(boxes)
+    asleep = threads - 1 - listening if job.wakes else 0
+    if asleep and _helpers < threads - 1:
         _hire(threads - 1)
     ended: list[None] = []
+    offer: list[Work] = []
 
     def helping() -> None:
         try:
-            work()
+            job.work()
         finally:
             ended.append(None)
 
-    boxes = None if loan is None or _boxes is None else _boxes[: min(_helpers, threads - 1)]
-    asleep = threads - 1
-    if boxes is not None:
-        asleep -= boxes[:, _handover.STATE].tolist().count(_handover.LISTENING)
-    offer: list[Work] = [helping] * asleep
-    if loan is not None:
-        loan.ticket[_handover.BEGAN :] = -1  # nobody has begun
     try:
+        offer += [helping] * asleep
         for _ in range(asleep):
             _jobs.put(offer)
-        if loan is not None and boxes is not None and asleep < threads - 1:
-            _handover.lend()(boxes, len(boxes), loan.kernel, *loan.arguments, loan.ticket)
+        if listening:
+            if _lend(boxes, loan):
+                return
         else:
-            work()
-        while not finished() or _lent(boxes, loan):
+            job.work()
+        while not job.finished() or _lent(boxes, loan):
             time.sleep(0)
     except BaseException:
-        cancel()
+        job.cancel()
         taken = asleep
         with contextlib.suppress(IndexError):
             while True:
@@ -142,9 +164,55 @@ def share(
         offer.clear()
 
 
-def _lent(boxes: Any, loan: Loan | None) -> bool:
-    """Whether a box is still at work on the loan, whose arrays have to stay until then."""
-    if boxes is None or loan is None:
+def heard(threads: int) -> bool:
+    """Whether to share a short job, one that ends before a sleeping helper has woken up.
+
+    If nobody listens, and such jobs follow each other closely, helpers are woken to hear the next.
+    """
+    global _last_short, _woken, _wake_again
+    now, thread = time.perf_counter_ns(), threading.get_ident()
+    (last_thread, last), _last_short = _last_short, (thread, now)
+    if now - _alone < ALONE_NS:
         return False
-    began = loan.ticket[_handover.BEGAN :].tolist()
+    if _listening(_hired(threads)):
+        _wake_again = WAKE_AGAIN_NS
+        return True
+    if thread == last_thread and now - last < CLOSELY_NS and now - _woken > _wake_again:
+        _woken, _wake_again = now, min(2 * _wake_again, ALONE_NS)
+        _hire(threads - 1)
+        for _ in range(min(_helpers, threads - 1)):
+            _jobs.put([_nothing])
+    return False
+
+
+def _hired(threads: int) -> Any:
+    """The boxes of up to ``threads - 1`` helpers, None if there are none."""
+    return None if _boxes is None else _boxes[: min(_helpers, threads - 1)]
+
+
+def _listening(boxes: Any) -> int:
+    """How many helpers listen at these boxes."""
+    if boxes is None:
+        return 0
+    return int(boxes[:, _handover.STATE].tolist().count(_handover.LISTENING))
+
+
+def _nothing() -> None:
+    """Work for who is only to wake up."""
+
+
+def _lend(boxes: Any, loan: tuple[Any, ...]) -> bool:
+    """Run the loan here and in the boxes whose helpers listen; whether it is all done."""
+    global _alone
+    said = _handover.lend()(boxes, len(boxes), *loan)
+    if said != _handover.TOGETHER:
+        _alone = time.perf_counter_ns()
+    return bool(said != _handover.LATE)
+
+
+def _lent(boxes: Any, loan: tuple[Any, ...]) -> bool:
+    """Whether a box is still at work on the loan, whose arrays have to stay until then."""
+    if boxes is None or not loan:
+        return False
+    began = loan[-1][_handover.BEGAN :].tolist()
     return any(before == box[_handover.DONE] for box, before in zip(boxes, began, strict=False))

@@ -276,7 +276,13 @@ _CUT = {
     "few_panels_bytes": 500,
     "panel_block_bytes": 500,
 }
-_IN_PIECES = {"serial_bytes": 0, "chunk_bytes": 1, "chunk_items": 1, "packed_bytes": 1}
+_IN_PIECES = {
+    "serial_bytes": 0,
+    "wake_bytes": 0,
+    "chunk_bytes": 1,
+    "chunk_items": 1,
+    "packed_bytes": 1,
+}
 REGIMES: dict[str, dict[str, int]] = {
     "default": {},
     "whole_lanes": {

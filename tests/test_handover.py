@@ -19,7 +19,7 @@ STATE, DONE = _handover.STATE, _handover.DONE
 @pytest.fixture
 def call():
     """A kernel call with many chunks: its parts, and what makes the result."""
-    with _plan.using(serial_bytes=0, chunk_bytes=1, chunk_items=1):
+    with _plan.using(serial_bytes=0, wake_bytes=0, chunk_bytes=1, chunk_items=1):
         x = np.random.default_rng(0).standard_normal((3000, 500)).astype(np.float32)
         out = np.zeros_like(x)
         launch = _cpu._launch("softmax", x.shape, x.strides, x.dtype, 1, False, out.strides, 0)
@@ -28,12 +28,12 @@ def call():
 
 def lend(boxes, call, x, out):
     """One call that is over when this returns, as the pool makes it."""
-    ticket = np.zeros(_handover.BEGAN + len(boxes), np.int64)
-    loan = _pool.Loan(call.machine_code, (x, out, None, call.parameters), ticket)
-    _handover.lend()(boxes, len(boxes), loan.kernel, *loan.arguments, ticket)
+    ticket = _handover.ticket(len(boxes))
+    loan = (call.machine_code, x, out, None, call.parameters, ticket)
+    answer = _handover.lend()(boxes, len(boxes), *loan)
     while _pool._lent(boxes, loan):
         time.sleep(0)
-    return ticket
+    return answer, ticket
 
 
 def test_who_listens_in_vain_goes_away():
@@ -54,11 +54,13 @@ def test_the_caller_does_alone_what_nobody_begins(state, call):
     kernel, x, out = call
     boxes = _handover.boxes(2)
     boxes[1, STATE] = before = getattr(_handover, state)
-    ticket = lend(boxes, kernel, x, out)
+    answer, ticket = lend(boxes, kernel, x, out)
+    asked = state == "LISTENING"
+    assert answer == (_handover.UNHEARD if asked else _handover.TOGETHER)
     assert boxes[:, STATE].tolist() == [_handover.AWAY, before]
     assert boxes[:, DONE].tolist() == [0, 0]
     assert ticket[_handover.BEGAN :].tolist() == [-1, -1]
-    assert ticket[8] == kernel.items
+    assert ticket[_handover.FINISHED] == kernel.items
     np.testing.assert_array_equal(out, Backend.NUMPY("softmax", x, 1))
 
 
@@ -76,7 +78,7 @@ def test_nobody_withdraws_the_offer_of_another_caller():
         return 0
 
     address = ctypes.cast(while_the_first_caller_works, ctypes.c_void_p).value
-    kernel, ticket = np.array([address]), np.zeros(_handover.BEGAN + 1, np.int64)
+    kernel, ticket = np.array([address]), _handover.ticket(1)
     _handover.lend()(boxes, 1, kernel, ticket, ticket, None, ticket, ticket)
     assert seen == [_handover.OFFERED + _handover.COUNT * 6]
     assert boxes[0, STATE] == rival
@@ -97,9 +99,9 @@ def test_a_listener_runs_what_it_is_offered(call):
     calls = 0
     while boxes[0, DONE] < 20 and calls < 100_000:
         out[...] = 0
-        ticket = lend(boxes, kernel, x, out)
+        _, ticket = lend(boxes, kernel, x, out)
         calls += 1
-        assert ticket[8] == kernel.items
+        assert ticket[_handover.FINISHED] == kernel.items
     stop.set()
     helper.join(10)
     assert not helper.is_alive()
@@ -117,3 +119,81 @@ def test_helpers_of_the_pool_listen_after_work(call):
         if _pool._boxes[0, DONE] >= 20:
             return
     raise AssertionError("no helper ever listened")
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """The pool as one that hires nobody and wakes nobody, with one box; jobs go to a list."""
+    boxes = _handover.boxes(1)
+    waked = []
+    for name, value in {
+        "_boxes": boxes,
+        "_helpers": 1,
+        "_hire": lambda count: None,
+        "_jobs": type("Jobs", (), {"put": staticmethod(waked.append)}),
+        "_last_short": (0, 0),
+        "_woken": 0,
+        "_wake_again": _pool.WAKE_AGAIN_NS,
+        "_alone": -_pool.ALONE_NS,
+    }.items():
+        monkeypatch.setattr(_pool, name, value)
+    clock = iter(())
+
+    def at(*times):
+        nonlocal clock
+        clock = iter(times)
+
+    monkeypatch.setattr(_pool.time, "perf_counter_ns", lambda: next(clock))
+    return boxes, waked, at
+
+
+def test_short_calls_are_shared_with_listeners_only(pool):
+    boxes, waked, at = pool
+    at(10**9, 2 * 10**9)
+    assert not _pool.heard(2)
+    boxes[0, STATE] = _handover.LISTENING
+    assert _pool.heard(2)
+    assert not waked
+
+
+def test_short_calls_in_a_loop_wake_helpers_and_ever_more_rarely_in_vain(pool):
+    _, waked, at = pool
+    step = _pool.CLOSELY_NS // 2
+    counts = []
+    at(*range(10**9, 10**9 + 1000 * step, step))
+    for _ in range(1000):
+        assert not _pool.heard(2)
+        counts.append(len(waked))
+    assert counts[:2] == [0, 1]  # the second call follows closely
+    wakings = np.flatnonzero(np.diff(counts))
+    assert len(wakings) > 3
+    assert all(np.diff(np.diff(wakings)) > 0)
+
+
+def test_short_calls_far_apart_or_of_other_threads_wake_nobody(pool):
+    _, waked, at = pool
+    at(*range(10**9, 2 * 10**9, _pool.CLOSELY_NS))
+    for _ in range(10):
+        assert not _pool.heard(2)
+    at(*range(3 * 10**9, 4 * 10**9, 1000))
+    for _ in range(10):
+        assert not _pool.heard(2)
+        other = threading.Thread(target=_pool.heard, args=(2,))
+        other.start()
+        other.join()
+    assert not waked
+
+
+def test_short_calls_run_alone_after_a_helper_had_no_core(pool, call):
+    """It seemed to listen, and did not take up what it was offered."""
+    boxes, _, at = pool
+    kernel, x, out = call
+    expected = Backend.NUMPY("softmax", x, 1)
+    boxes[0, STATE] = _handover.LISTENING
+    at(10**9, 10**9 + 1, 10**9 + 2, 10**9 + 1 + _pool.ALONE_NS)
+    assert _pool.heard(2)
+    kernel(x, out, None, 2)
+    assert boxes[0, STATE] == _handover.LISTENING
+    assert not _pool.heard(2)
+    assert _pool.heard(2)
+    np.testing.assert_array_equal(out, expected)

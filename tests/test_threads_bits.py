@@ -154,7 +154,10 @@ def test_short_rows_fill_shared_lines_and_nothing_else(rows, n, dtype, offset, b
     out = around[offset : offset + size].view(dtype).reshape(x.shape)
     for op in ("softmax", "log_softmax"):
         expected = backend(op, x, 1)
-        for changes in ({}, {"serial_bytes": 0, "chunk_bytes": 1, "chunk_items": 1}):
+        for changes in (
+            {},
+            {"serial_bytes": 0, "wake_bytes": 0, "chunk_bytes": 1, "chunk_items": 1},
+        ):
             around[...] = 7
             with _plan.using(past_cache_bytes=0, **changes):
                 backend(op, x, 1, out=out)
