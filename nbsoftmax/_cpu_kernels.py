@@ -38,6 +38,7 @@ from ._semantics import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
 from ._simd import VECTOR_BYTES, Emitter, Variable
 
 CACHE_LINE_BYTES = 64
+PAGE_BYTES = 4096
 
 COMPILES = not config.DISABLE_JIT
 
@@ -374,10 +375,13 @@ class Kernel:
         with self.o.loop(self.int(0), common, self.stride) as j:
             first.prefetch(j, self.panel)
             last.prefetch_out(j)
-            # Last stage first: it reads the scratch that the stage before it fills.
-            for stage in reversed(stages):
-                for u in range(self.panel):
-                    stage.step(j, u, None)
+            # All loads before all stores: a load waits for a store before it whose place in a page
+            # it overlaps in part, as x and out often do. And the last stage reads the scratch that
+            # the stage before it fills.
+            read = [[stage.read(j, u, None) for u in range(self.panel)] for stage in stages]
+            for stage, values in reversed(list(zip(stages, read, strict=True))):
+                for u, value in enumerate(values):
+                    stage.step(j, u, None, value)
         # Along, what is left is taken by single vectors.
         step, vectors = (self.o.width, 1) if self.along else (1, self.panel)
         for stage in reversed(stages):
@@ -386,7 +390,7 @@ class Kernel:
                     first.prefetch(j, vectors)
                 masks = [self.mask(stage.range, j, u) for u in range(vectors)]
                 for u, mask in enumerate(masks):
-                    stage.step(j, u, mask)
+                    stage.step(j, u, mask, stage.read(j, u, mask))
         for stage in reversed(stages):
             stage.leave()
 
@@ -422,8 +426,9 @@ class Kernel:
         chunks = b.select(alone, self.int(1), self.chunks)
         # Terms, inputs less their shift, copied inputs; or for short rows, rows of out and tiles.
         parts = 3 if self.packs else 2 + (1 + MOST_STAGES) * self.short
-        memory = self._malloc(b.add(b.mul(self.scratch, self.int(parts)), self.int(VECTOR_BYTES)))
-        self.buffer = b.and_(b.add(memory, self.int(VECTOR_BYTES - 1)), self.int(-VECTOR_BYTES))
+        size = b.mul(self.scratch, self.int(parts))
+        memory = self._malloc(b.add(size, self.int(VECTOR_BYTES + PAGE_BYTES)))
+        self.buffer = self.apart(memory)
         self.shifted_x = b.add(self.buffer, self.scratch)
         self.packed_x = self.rows = b.add(self.shifted_x, self.scratch)
         stages = [kind(self) for kind in STAGES[self.job.op]]
@@ -450,6 +455,16 @@ class Kernel:
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer()])
         free = cgutils.get_or_insert_function(b.module, kind, "free")
         b.call(free, [b.inttoptr(memory, I8.as_pointer())])
+
+    def apart(self, memory: ir.Value) -> ir.Value:
+        """The first whole vector in ``memory`` that lies half a page from x, but for whole pages.
+
+        Where rows are as long as some pages, loads of x would else meet the stores of the terms.
+        """
+        b = self.b
+        first = b.and_(b.add(memory, self.int(VECTOR_BYTES - 1)), self.int(-VECTOR_BYTES))
+        distance = b.sub(b.add(self.x, self.int(PAGE_BYTES // 2)), first)
+        return b.add(first, b.and_(distance, self.int(PAGE_BYTES - VECTOR_BYTES)))
 
     def pipeline(self, stages: "list[Stage]", low: ir.Value, high: ir.Value) -> None:
         """Items low to high, each stage one item ahead of the next."""
@@ -533,14 +548,18 @@ class Stage:
     def prefetch_out(self, j: ir.Value) -> None:
         """The same."""
 
-    def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
-        """Vector u of the panel at position j."""
+    def read(self, j: ir.Value, u: int, mask: Vector | None) -> Vector:
+        """What a step works on: x, or what the stage before has made of it."""
+        return self.k.load_x(self.range, j, u, mask)
+
+    def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
+        """Vector u of the panel at position j, where ``value`` was read."""
         raise NotImplementedError
 
     def turned(self) -> None:
         """The whole walk over a tile of short rows, one vector wide."""
         with self.o.loop(self.k.int(0), self.range.end) as j:
-            self.step(j, 0, None)
+            self.step(j, 0, None, self.read(j, 0, None))
 
     def leave(self) -> None:
         pass
@@ -568,12 +587,11 @@ class Maximum(Stage):
         for part in self.parts:
             part.set(self.o.const(-float("inf")))
 
-    def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
+    def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
         k = self.k
-        x = k.load_x(self.range, j, u, mask)
         if k.packs:
-            self.o.store(k.scratch_at(k.packed_x, j, u), x)
-        self.take(x, u)
+            self.o.store(k.scratch_at(k.packed_x, j, u), value)
+        self.take(value, u)
 
     def take(self, x: Vector, u: int) -> None:
         part = self.parts[u % self.k.sets]
@@ -638,7 +656,9 @@ class Terms(Stage):
 
     def load(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
         """x, less the shift."""
-        x = self.k.load_x(r, j, u, mask)
+        return self.less_shift(r, self.k.load_x(r, j, u, mask), u)
+
+    def less_shift(self, r: Range, x: Vector, u: int) -> Vector:
         return x if r.shifted or not self.k.source.may_be_huge else self.shifted(x, u)
 
 
@@ -668,10 +688,10 @@ class Sum(Terms):
             s.set(start)
             c.set(self.o.const(0.0))
 
-    def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
+    def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
         o, k = self.o, self.k
         s, c = self.s[u % k.sets], self.c[u % k.sets]
-        term = _scalars.exp(o, self.load(self.range, j, u, mask), self.scales[u % k.sets])
+        term = _scalars.exp(o, self.less_shift(self.range, value, u), self.scales[u % k.sets])
         if self.keeps_terms:
             o.store(k.scratch_at(self.range.scratch, j, u), term)
         sums = _scalars.add_to_more(s.get(), c.get(), term)
@@ -742,15 +762,14 @@ class SumOfOthers(Sum):
         for count in self.count:
             count.set(self.o.const(0.0))
 
-    def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
+    def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
         if self.quick:
-            super().step(j, u, mask)
+            super().step(j, u, mask, value)
         else:
-            self.careful_step(self.range, j, u, mask)
+            self.careful_step(j, u, mask, self.less_shift(self.range, value, u))
 
-    def careful_step(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> None:
+    def careful_step(self, j: ir.Value, u: int, mask: Vector | None, x: Vector) -> None:
         o, k = self.o, self.k
-        x = self.load(r, j, u, mask)
         by = self.scales[u % k.sets]
         s, c, count = (part[u % k.sets] for part in (self.s, self.c, self.count))
         weight, one = None, o.const(1.0)
@@ -804,7 +823,7 @@ class SumOfOthers(Sum):
         self.reset(o.const(0.0))
         r = self.in_memory if k.packs else self.range  # the copy is already the next item's
         for j, u, mask in k.everywhere(r):
-            self.careful_step(r, j, u, mask)
+            self.careful_step(j, u, mask, self.load(r, j, u, mask))
         self.take_careful()
         for flag, kept, s, c in zip(flags, before, self.s, self.c, strict=True):
             s.set(o.where(flag, s.get(), kept[0]))
@@ -829,8 +848,8 @@ class SumForLogSoftmax(SumOfOthers):
         super().__init__(kernel)
         kernel.finished = [self.m, self.s]
 
-    def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
-        super().step(j, u, mask)
+    def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
+        super().step(j, u, mask, value)
         k = self.k
         if k.packs:  # the copy will be overwritten before the last stage wants it
             x = self.o.load(k.scratch_at(k.packed_x, j, u))
@@ -897,7 +916,8 @@ class Output(Stage):
         bytes_ = k.o.width * k.result.itemsize
         misaligned = b.and_(b.sub(k.int(0), item.out), k.int(bytes_ - 1))
         skip = k.smaller(b.sdiv(misaligned, k.int(k.result.itemsize)), item.length)
-        self.step(k.int(0), 0, k.o.live(skip))
+        head = k.o.live(skip)
+        self.step(k.int(0), 0, head, self.read(k.int(0), 0, head))
         self.range = k.after(self.range, skip)
 
     def look_ahead_out(self, next_item: Item) -> None:
@@ -919,19 +939,19 @@ class Output(Stage):
             place = k.at(self.ahead, j, k.out_row, 0, k.result.itemsize)
             k.prefetch_lines(place, k.panel_elements * k.result.itemsize, to_write=True)
 
-    def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
-        r = self.range
-        self.k.store_out(r, j, u, self.value(r, j, u, mask), mask)
+    def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
+        self.k.store_out(self.range, j, u, self.result(value, u), mask)
 
-    def value(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
-        """One vector of the result."""
+    def result(self, value: Vector, u: int) -> Vector:
+        """One vector of it."""
         raise NotImplementedError
 
     def turned(self) -> None:
         """The tile's columns to rows of out."""
         k, b, o, item = self.k, self.k.b, self.o, self.current
         with o.loop(k.int(0), item.length, o.width) as q:
-            columns = [self.value(self.range, b.add(q, k.int(j)), 0, None) for j in range(o.width)]
+            places = [b.add(q, k.int(j)) for j in range(o.width)]
+            columns = [self.result(self.read(place, 0, None), 0) for place in places]
             mask = o.live(b.sub(item.length, q))
             out = item.out if self.lines is None else self.lines.free()
             start = b.add(out, b.mul(q, k.int(k.result.itemsize)))
@@ -1005,21 +1025,25 @@ class Lines:
 class Scale(Output):
     """softmax from the terms in scratch."""
 
-    def value(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
-        k = self.k
-        term = self.o.load(k.scratch_at(r.scratch, j, u))
-        high, low = self.first[u % k.sets].get(), self.second[u % k.sets].get()
-        return _scalars.softmax(self.o, term, high, low)
+    def read(self, j: ir.Value, u: int, mask: Vector | None) -> Vector:
+        return self.o.load(self.k.scratch_at(self.range.scratch, j, u))
+
+    def result(self, value: Vector, u: int) -> Vector:
+        u %= self.k.sets
+        return _scalars.softmax(self.o, value, self.first[u].get(), self.second[u].get())
 
 
 class Subtract(Output):
     """log_softmax, reading x again."""
 
-    def value(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
-        k = self.k
-        m, log_ = self.first[u % k.sets].get(), self.second[u % k.sets].get()
-        x = self.o.load(k.scratch_at(r.scratch, j, u)) if k.packs else k.load_x(r, j, u, mask)
-        return _scalars.log_softmax(x, m, log_)
+    def read(self, j: ir.Value, u: int, mask: Vector | None) -> Vector:
+        if self.k.packs:
+            return self.o.load(self.k.scratch_at(self.range.scratch, j, u))
+        return super().read(j, u, mask)
+
+    def result(self, value: Vector, u: int) -> Vector:
+        u %= self.k.sets
+        return _scalars.log_softmax(value, self.first[u].get(), self.second[u].get())
 
 
 class Apply(Output):
@@ -1058,11 +1082,10 @@ class ApplySoftmax(Apply, Terms):
         s.set(high)
         c.set(low)
 
-    def value(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
-        k = self.k
-        term = _scalars.exp(self.o, self.load(r, j, u, mask), self.scales[u % k.sets])
-        high, low = self.first[u % k.sets].get(), self.second[u % k.sets].get()
-        return _scalars.softmax(self.o, term, high, low)
+    def result(self, value: Vector, u: int) -> Vector:
+        u %= self.k.sets
+        term = _scalars.exp(self.o, self.less_shift(self.range, value, u), self.scales[u])
+        return _scalars.softmax(self.o, term, self.first[u].get(), self.second[u].get())
 
 
 class ApplyLogSoftmax(Apply):
@@ -1071,10 +1094,9 @@ class ApplyLogSoftmax(Apply):
     def finish(self, m: Variable, s: Variable, c: Variable) -> None:
         s.set(_scalars.log_sum(self.o, m.get(), s.get(), c.get())[0])
 
-    def value(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
-        k = self.k
-        m, log_ = self.m[u % k.sets].get(), self.first[u % k.sets].get()
-        return _scalars.log_softmax(k.load_x(r, j, u, mask), m, log_)
+    def result(self, value: Vector, u: int) -> Vector:
+        u %= self.k.sets
+        return _scalars.log_softmax(value, self.m[u].get(), self.first[u].get())
 
 
 class Copy(Output):
@@ -1083,8 +1105,8 @@ class Copy(Output):
     def parameters(self) -> None:
         """There are none."""
 
-    def value(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
-        return self.k.load_x(r, j, u, mask)
+    def result(self, value: Vector, u: int) -> Vector:
+        return value
 
 
 class Read(Maximum):
@@ -1133,7 +1155,10 @@ class Merge(SumForPairs):
     def prefetch(self, j: ir.Value, vectors: int) -> None:
         """The pairs are in cache."""
 
-    def step(self, j: ir.Value, u: int, mask: Vector | None) -> None:
+    def read(self, j: ir.Value, u: int, mask: Vector | None) -> Vector:
+        return self.o.const(0.0)
+
+    def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
         """Nothing is left for the walk to do."""
 
     def leave(self) -> None:
