@@ -38,10 +38,13 @@ class Call:
     wakes: bool  # takes longer than waking a thread
 
     def __call__(self, x: Array, out: Array, pairs: Array | None, threads: int) -> None:
-        if threads > 1 and self.parallel and (self.wakes or _pool.heard(threads)):
+        together = threads > 1 and self.parallel
+        if together and (self.wakes or _pool.heard(threads)):
             _pool.share(_Running(self, x, out, pairs, threads), threads)
         else:
             self.kernel(x, out, pairs, self.parameters, None)
+        if together and not self.wakes:
+            _pool.short_ended()
 
 
 class _Running(_pool.Job):

@@ -46,10 +46,11 @@ class Limits:
     few_panels_bytes: int = 32 * 1024
     # Fewer neighbouring lanes than this leave a vector too empty: such arrays are packed to rows.
     narrow_elements: int = 4
-    # Below this one thread is done before it could have told another; below the second, before a
-    # sleeping one has woken up, which takes 30 to 50 us (Zen 4): only those that listen help.
+    # Below this one thread is done before it could have told another; below the second, only those
+    # that listen help: to wake one takes 30 to 50 us (Zen 4), and where the system first puts it
+    # on its caller's core, as some virtual machines do, both lose 100 to 200 us.
     serial_bytes: int = 192 * 1024
-    wake_bytes: int = 1024 * 1024
+    wake_bytes: int = 4 * 1024 * 1024
     # Work is taken in chunks: some for each thread, so that all end together, but none so small
     # that its first items, which run without overlap, count: two chunks of 16 long rows are a third
     # faster than eight of 4.

@@ -30,8 +30,9 @@ _hiring = threading.Lock()
 _boxes: Any = None  # one for each helper
 
 
-# Calls of one thread that begin within so many nanoseconds follow each other closely.
-CLOSELY_NS = 200_000
+# Short calls of one thread with no more nanoseconds between them follow each other closely: about
+# as long as a helper listens.
+CLOSELY_NS = 70_000
 # Helpers are woken to listen for such calls no more often than this, and half as often each time
 # that they were not heard: where all cores are busy, waking them costs more than they help.
 WAKE_AGAIN_NS = 1_000_000
@@ -61,7 +62,7 @@ class Job:
         raise NotImplementedError
 
 
-_last_short = (0, 0)  # the last short call's thread, and when it began
+_last_short = (0, 0)  # the last short call's thread, and when it ended
 _woken, _wake_again = 0, WAKE_AGAIN_NS  # when helpers were last woken to listen, and may be again
 _alone = -ALONE_NS  # when one last had no core
 
@@ -169,20 +170,27 @@ def heard(threads: int) -> bool:
 
     If nobody listens, and such jobs follow each other closely, helpers are woken to hear the next.
     """
-    global _last_short, _woken, _wake_again
-    now, thread = time.perf_counter_ns(), threading.get_ident()
-    (last_thread, last), _last_short = _last_short, (thread, now)
+    global _woken, _wake_again
+    now = time.perf_counter_ns()
     if now - _alone < ALONE_NS:
         return False
     if _listening(_hired(threads)):
         _wake_again = WAKE_AGAIN_NS
         return True
-    if thread == last_thread and now - last < CLOSELY_NS and now - _woken > _wake_again:
+    thread, ended = _last_short
+    closely = thread == threading.get_ident() and now - ended < CLOSELY_NS
+    if closely and now - _woken > _wake_again:
         _woken, _wake_again = now, min(2 * _wake_again, ALONE_NS)
         _hire(threads - 1)
         for _ in range(min(_helpers, threads - 1)):
             _jobs.put([_nothing])
     return False
+
+
+def short_ended() -> None:
+    """Remember when this thread last ended a short job, whoever ran it."""
+    global _last_short
+    _last_short = (threading.get_ident(), time.perf_counter_ns())
 
 
 def _hired(threads: int) -> Any:

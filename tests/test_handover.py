@@ -160,9 +160,10 @@ def test_short_calls_in_a_loop_wake_helpers_and_ever_more_rarely_in_vain(pool):
     _, waked, at = pool
     step = _pool.CLOSELY_NS // 2
     counts = []
-    at(*range(10**9, 10**9 + 1000 * step, step))
+    at(*range(10**9, 10**9 + 2000 * step, step))
     for _ in range(1000):
         assert not _pool.heard(2)
+        _pool.short_ended()
         counts.append(len(waked))
     assert counts[:2] == [0, 1]  # the second call follows closely
     wakings = np.flatnonzero(np.diff(counts))
@@ -175,10 +176,11 @@ def test_short_calls_far_apart_or_of_other_threads_wake_nobody(pool):
     at(*range(10**9, 2 * 10**9, _pool.CLOSELY_NS))
     for _ in range(10):
         assert not _pool.heard(2)
+        _pool.short_ended()
     at(*range(3 * 10**9, 4 * 10**9, 1000))
     for _ in range(10):
         assert not _pool.heard(2)
-        other = threading.Thread(target=_pool.heard, args=(2,))
+        other = threading.Thread(target=_pool.short_ended)
         other.start()
         other.join()
     assert not waked
