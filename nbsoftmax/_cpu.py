@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import _cpu_kernels as kernels
-from . import _formats, _handover, _plain, _plan, _pool, _scalars, _semantics
+from . import _formats, _handover, _memory, _plain, _plan, _pool, _scalars, _semantics
 from ._semantics import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX, Array
 
 # What applies the merged pairs of lanes that were cut into blocks.
@@ -132,8 +132,11 @@ class Launch:
 
     def new(self, x: Array) -> Any:
         """The result as the caller sees it; a full reduction is a scalar."""
-        make = _aligned if self.aligned else np.empty
-        out: Array = make(self.shape, self.result)
+        if self.aligned:
+            most = _plan.LIMITS.kept_bytes
+            out = _memory.empty(self.shape, self.result, _plan.VECTOR_BYTES, most)
+        else:
+            out = np.empty(self.shape, self.result)
         self.into(x, out)
         if self.transpose is not None:
             out = out.transpose(self.transpose)
@@ -168,16 +171,6 @@ class Launch:
             self.calls, sources, [*made, out], [None, None, *made[1:]], strict=False
         ):
             call(source, target, pairs, threads)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    size = dtype.itemsize
-    count = 1
-    for length in shape:
-        count *= length
-    memory = np.empty(count * size + _plan.VECTOR_BYTES, np.uint8)
-    start = -memory.__array_interface__["data"][0] % _plan.VECTOR_BYTES
-    return memory[start : start + count * size].view(dtype).reshape(shape)
 
 
 def _reads(dtype: np.dtype[Any]) -> bool:

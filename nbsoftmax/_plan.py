@@ -59,6 +59,8 @@ class Limits:
     chunk_items: int = 16
     # Outputs larger than this (half of the last-level cache) are stored past the cache.
     past_cache_bytes: int = 16 * 1024 * 1024
+    # What large results leave is kept for the next ones, up to so much.
+    kept_bytes: int = 256 * 1024 * 1024
     # Items up to this long are fetched while the item before them is worked on: so nothing is
     # missed where one ends. Longer ones so many bytes (4 to 16 KB are alike) or rows ahead.
     next_item_bytes: int = 64 * 1024

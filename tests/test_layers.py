@@ -26,9 +26,10 @@ LAYERS: dict[str, set[str]] = {
     "_entry": set(),
     "_cpu_kernels": {"_entry", "_formats", "_llvm", "_scalars", "_semantics", "_simd"},
     "_handover": {"_entry"},
+    "_memory": set(),
     "_pool": {"_handover"},
     "_cpu": {
-        *("_cpu_kernels", "_formats", "_handover", "_plain", "_plan", "_pool"),
+        *("_cpu_kernels", "_formats", "_handover", "_memory", "_plain", "_plan", "_pool"),
         *("_scalars", "_semantics"),
     },
     "_backends": {"_cpu", "_semantics", "cuda._run"},
