@@ -802,15 +802,20 @@ class SumOfOthers(Sum):
         # n^2 roundings of a rounding at most. Half a rounding of the rest is allowed.
         hidden = n * n * o.const(2.0**-o.real.mantissa)
         super().take()
-        with k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
+        self.judge(hidden)
+        flags = [again.get() > o.const(0.0) for again in self.again]
+        with k.b.if_then(o.any(functools.reduce(lambda p, q: p | q, flags)), likely=False):
+            self.sum_again(flags)
+
+    def judge(self, hidden: Vector) -> None:
+        """Take the largest term away, and mark the lanes where it may have hidden too much."""
+        o = self.o
+        with self.k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
             rest = _scalars.without_one(o, m.get(), s.get(), c.get())
             s.set(rest[0])
             c.set(rest[1])
             least = self.least(m.get(), hidden)
             again.set(_scalars.is_small(o, m.get(), rest[0], least))
-        flags = [again.get() > o.const(0.0) for again in self.again]
-        with k.b.if_then(o.any(functools.reduce(lambda p, q: p | q, flags)), likely=False):
-            self.sum_again(flags)
 
     def least(self, m: Vector, hidden: Vector) -> Vector:
         """The rest, in largest terms, that is good enough; ``hidden`` is what the sum asks for."""
@@ -875,13 +880,34 @@ class SumForPairs(SumOfOthers):
 
 
 class SumForLogSumExp(SumForPairs):
-    """Writes logsumexp of the lane."""
+    """Writes logsumexp of the lane: from the sum of all terms, unless it is near 0."""
 
-    def least(self, m: Vector, hidden: Vector) -> Vector:
-        return _scalars.least_for_logsumexp(self.o, m, hidden)
+    # The sum of so few terms is too often near 0 in one of the lanes of a vector.
+    FEW = 4
+
+    def judge(self, hidden: Vector) -> None:
+        o, k = self.o, self.k
+        one, zero, near = o.const(1.0), o.const(0.0), o.const(_scalars.NEAR_ZERO)
+        for again in self.again:
+            again.set(one)
+        many = k.b.icmp_signed(">", self.range.end, k.int(self.FEW))
+        with (
+            k.b.if_then(many),
+            k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)),
+        ):
+            value = _scalars.logsumexp_of_all(o, m.get(), s.get(), c.get())
+            again.set(o.where(o.larger(abs(m.get()), abs(value)) < near, one, zero))
+            s.set(value)
+
+    def sum_again(self, flags: list[Vector]) -> None:
+        super().sum_again(flags)
+        o = self.o
+        with self.k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
+            value = _scalars.logsumexp(o, m.get(), s.get(), c.get())
+            s.set(o.where(again.get() > o.const(0.0), value, s.get()))
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
-        self.write(u, (_scalars.logsumexp(self.o, m.get(), s.get(), c.get()),))
+        self.write(u, (s.get(),))
 
 
 class Output(Stage):

@@ -362,15 +362,21 @@ def log(o: Operations, u: Value, u_low: Value) -> tuple[Value, Value]:
 
 def _log(o: Operations, k: Value, f: Value, rest: Value) -> tuple[Value, Value]:
     """``log 2^k (1 + f + rest)`` for ``1 + f`` in [sqrt(1/2), sqrt(2)) in two parts."""
+    high, low, tail = _log_parts(o, k, f, rest / (o.const(1.0) + f))
+    high, low2 = two_sum(high, tail)
+    return high, low + low2
+
+
+def _log_parts(o: Operations, k: Value, f: Value, rest: Value) -> tuple[Value, Value, Value]:
+    """``k ln 2 + log(1 + f) + rest`` in three parts: ``k ln2_short + f`` in two, and a tail."""
     real = o.real
     half_square = o.const(0.5) * f * f
     z = f / (o.const(2.0) + f)
     square = z * z
     tail = z * o.fma(square, horner(o, square, real.log), half_square)
-    tail = tail + o.fma(k, o.const(real.ln2_rest), rest / (o.const(1.0) + f))
+    tail = tail + o.fma(k, o.const(real.ln2_rest), rest)
     high, low = two_sum(k * o.const(real.ln2_short), f)
-    high, low2 = two_sum(high, tail - half_square)
-    return high, low + low2
+    return high, low, tail - half_square
 
 
 def ratio_to_largest(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
@@ -393,6 +399,31 @@ def logsumexp(o: Operations, m: Value, s: Value, c: Value) -> Value:
     # An infinite maximum is its own answer unless the sum is NaN; two_sum would make inf - inf.
     infinite = _without_terms(o, m, s)
     return o.where(infinite, m, total + (rest + low))
+
+
+# Below it, in result and maximum, logsumexp wants more than `logsumexp_of_all` gives.
+NEAR_ZERO = 1.0
+
+
+def logsumexp_of_all(o: Operations, m: Value, s: Value, c: Value) -> Value:
+    """The lane's logsumexp from the sum of all its terms, the largest too.
+
+    Half the work of `logsumexp`; but below `NEAR_ZERO` the sum hides what its logarithm shows.
+    """
+    real, by = o.real, scale(o, m)
+    _, c = exp_two_parts(o, by.near, by, c)  # what was rounded off the largest term is not lost
+    total = s + c
+    low = c - (total - s)
+    power, fraction = o.split_exponent(total)
+    f = fraction - o.const(1.0)
+    # Good to a few percent, for a low part that is a rounding.
+    inverse = o.fma(f, f - o.const(1.0), o.const(1.0))
+    rest = o.times_power_of_two(low, o.const(0.0) - power) * inverse
+    k = (o.const(real.round + real.one_exponent) - by.magic) + power
+    high, low, tail = _log_parts(o, k, f, rest)
+    product = k * o.const(real.ln2_short)  # is rounded where the maximum is large
+    low = low + o.fma(k, o.const(real.ln2_short), o.const(0.0) - product)
+    return o.where(_without_terms(o, m, s), m, by.shift + (high + (low + tail)))
 
 
 def log_weighted(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
