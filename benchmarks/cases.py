@@ -68,7 +68,7 @@ MORE = (
     Regime((32, 50_257), -1, "the vocabulary of a language model: long rows, and few"),
     Regime((4, 8, 256, 512), -1, "attention scores: four dimensions"),
     Regime((64, 32, 32, 64), (1, 2), "two neighbouring axes, walked as one"),
-    Regime((64, 32, 64, 32), (0, 2), "axes that are not neighbours: packed"),
+    Regime((64, 32, 64, 32), (0, 2), "axes that are not neighbours: in runs"),
     Regime((8, 16, 8, 64, 64), 2, "five dimensions; a short middle axis"),
     Regime((3, 1_000_000), 0, "three long rows, reduced across"),
     Regime((256, 4096), -1, "half precision: half the memory, the same arithmetic", dtypes=_HALF),
@@ -103,7 +103,7 @@ MEMORY_OPS = ("softmax", "logsumexp")
 MEMORY_REGIMES = (
     Regime((4096, 4096), -1, "along rows", dtypes=("float32",)),
     Regime((4096, 4096), 0, "across rows", dtypes=("float32",)),
-    Regime((64, 512, 64, 8), (0, 2), "packed: axes apart", dtypes=("float32",)),
+    Regime((64, 512, 64, 8), (0, 2), "axes apart", dtypes=("float32",)),
 )
 
 

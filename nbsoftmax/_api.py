@@ -60,8 +60,7 @@ def softmax(
 
     Memory: ``x`` is read once (twice where a lane does not fit the cache) and the result written
     once; at most one lane or tile per thread besides.  Arrays that no kernel walks as they lie,
-    such as axes that are not neighbours, byte-swapped data or ``where``, are copied a piece at a
-    time.
+    such as strided lanes, byte-swapped data or ``where``, are copied a piece at a time.
 
     The same input gives the same bits for every number of threads (`numba.set_num_threads`).
 

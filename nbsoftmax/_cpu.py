@@ -102,8 +102,7 @@ def _call(
         "panels": panels,
         "inner": inner,
         "scratch": rows * row + 6 * _plan.VECTOR_BYTES,
-        "ahead": _plan.prefetch_bytes(job.walk, block * row, strides.get("x_row", 0)),
-        "out_ahead": _plan.prefetch_bytes(job.walk, block * row, strides.get("out_row", 0)),
+        "ahead": _plan.ahead(job.walk, block * row, _formats.FORMATS[job.source].itemsize),
         **strides,
     }
     parameters = np.array([numbers.get(name, 0) for name in kernels.PARAMETERS], np.int64)
@@ -196,46 +195,62 @@ def _launch(
     result = _semantics.real_dtype(dtype, "a" if op == LOGSUMEXP else "x")
     if result is None or not _reads(dtype) or 0 in shape:
         return None
-    fold = _semantics.fold(shape, strides, out_strides, axes, dtype.itemsize, result.itemsize)
+    fold = _semantics.fold(shape, strides, out_strides, axes, dtype.itemsize, result.itemsize, True)
     if fold is None:
         return None
     source, target = _formats.FORMATS[dtype.name], _formats.FORMATS[result.name]
     real = source.real
-    folded = outer, n, inner = fold.outer, fold.n, fold.inner
-    plan = _plan.plan(op, outer, n, inner, real.itemsize, result.itemsize)
+    outer, n, inner = fold.outer, fold.n, fold.inner
+    by_outer, by_n = fold.by_outer, fold.by_n
+    width = _plan.VECTOR_BYTES // real.itemsize
+    in_runs = by_n.run < n
+    if in_runs and inner == 1:  # along, no vector is of two runs
+        by_n = by_n.in_vectors(width)
+        n = n // fold.by_n.run * by_n.run
+    folded = outer, n, inner
+    plan = _plan.plan(op, outer, n, inner, real.itemsize, result.itemsize, in_runs)
     if plan.walk == "packed":
         return None
     across = plan.walk == "across"
     # Stores past the cache want whole vectors. Along, a kernel finds the first one of each row;
     # across, it can do so if all rows start alike.
-    width = _plan.VECTOR_BYTES // real.itemsize
-    steps, size = (fold.out_n, fold.out_outer), result.itemsize
+    steps = [step for by in (by_n, by_outer) for step in (by.out, by.out_jump)]
+    size = result.itemsize
     if op == LOGSUMEXP:
-        steps, size = (fold.x_n, fold.x_outer), dtype.itemsize
+        steps = [step for by in (by_n, by_outer) for step in (by.x, by.x_jump)]
+        size = dtype.itemsize
     alike = all(step % (width * size) == 0 for step in steps)
     shifted = across and alike and inner >= 4 * plan.panel * width
     past_cache = plan.past_cache and out_at % size == 0
     if across:
         past_cache = past_cache and alike and (shifted or out_at == 0)
     if plan.walk == "short":  # whole lines of several rows
-        past_cache = past_cache and fold.out_outer == n * size == n * real.itemsize
+        whole = by_outer.out == n * size == n * real.itemsize
+        past_cache = past_cache and whole and by_outer.out_jump == 0
     work_bytes = outer * n * inner * real.itemsize
     row = plan.panel * _plan.VECTOR_BYTES if across else real.itemsize
     item_bytes = min(n, plan.block) * row
+    jumps = by_outer.run < outer if plan.walk == "short" else in_runs
     x_steps = {
-        "x_outer": fold.x_outer,
-        "x_row": fold.x_n,
-        "x_block": plan.block * fold.x_n,
+        "outer_runs": kernels.divisor(by_outer.run) if by_outer.run < outer else 0,
+        "lane_runs": kernels.divisor(by_n.run) if in_runs else 0,
+        "run_elements": fold.by_n.run,
+        "run_positions": by_n.run,
+        "x_outer": by_outer.x,
+        "x_outer_jump": by_outer.x_jump,
+        "x_row": by_n.x,
+        "x_row_jump": by_n.x_jump,
         "shifted": int(shifted),
     }
     out_steps = {
-        "out_outer": fold.out_outer,
-        "out_row": fold.out_n,
-        "out_block": plan.block * fold.out_n,
+        "out_outer": by_outer.out,
+        "out_outer_jump": by_outer.out_jump,
+        "out_row": by_n.out,
+        "out_row_jump": by_n.out_jump,
     }
 
     def walk(op: str, result: _formats.Format, steps: dict[str, int], past: bool = False) -> Call:
-        job = kernels.Job(op, source.name, result.name, plan.walk, plan.panel, past)
+        job = kernels.Job(op, source.name, result.name, plan.walk, plan.panel, past, runs=jumps)
         return _call(job, folded, plan.block, item_bytes, work_bytes, x_steps | steps)
 
     blocks = plan.blocks(n)
@@ -310,7 +325,7 @@ def yardstick(x: Array, out: Array | None) -> Callable[[], None]:
         job = kernels.Job(kernels.COPY, "float32", "float32", "along", past_cache=past_cache)
         copied = out.reshape(-1).view(np.uint8)
         result = copied[: words.size - rest].view(np.float32)
-    steps = {"x_block": 4 * block, "out_block": 4 * block}
+    steps = {"x_row": 4, "out_row": 4}
     call = _call(job, (1, size, 1), block, 4 * block, x.nbytes, steps)
 
     def run() -> None:
@@ -676,7 +691,8 @@ def _weighted_pairs(x: Array, weights: Array) -> tuple[Array, Array, Array]:
 @functools.lru_cache(maxsize=64)
 def _weighted_call(lanes: int, n: int) -> Call:
     job = kernels.Job(kernels.PAIRS, "float64", "float64", "along", weighted=True)
-    return _call(job, (lanes, n, 1), n, 8 * n, 0, {"x_outer": 8 * n, "out_plane": 8 * lanes})
+    steps = {"x_outer": 8 * n, "x_row": 8, "out_plane": 8 * lanes}
+    return _call(job, (lanes, n, 1), n, 8 * n, 0, steps)
 
 
 # -- dtypes that only SciPy knows -----------------------------------------------------------------

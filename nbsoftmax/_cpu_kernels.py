@@ -68,6 +68,7 @@ class Job:
     panel: int = 4  # vectors; four independent exps hide each other's latency
     past_cache: bool = False  # stores that leave the cache to others; out lies on whole vectors
     weighted: bool = False
+    runs: bool = False  # the walk's positions lie in runs; short: the rows of a tile do
 
 
 # The numbers a kernel is told, in this order: strides and steps in bytes.
@@ -75,24 +76,37 @@ PARAMETERS = (
     "items",
     "chunk",  # items taken at a time
     "chunks",
-    "n",
-    "block",  # lane elements of one block
+    "n",  # positions of a lane: its elements, or along in runs those of whole vectors
+    "block",  # positions of one block
     "blocks",
     "panels",
     "inner",
-    "ahead",  # prefetch x so many bytes ahead of the walk; 0 for the next item
-    "out_ahead",  # and lines of out that are not written whole
+    "ahead",  # prefetch so many positions ahead of the walk; 0 for the next item
     "shifted",  # whether the first panel ends where the array's whole vectors begin
+    "outer_runs",  # `divisor` of an outer index by the length of its runs; 0 for a single run
+    "lane_runs",  # and of a position
+    "run_elements",  # along: how many elements a run has
+    "run_positions",  # and how many positions
     "x_outer",
-    "x_block",
-    "x_row",
+    "x_outer_jump",
+    "x_row",  # from one position to the next
+    "x_row_jump",
     "out_outer",
-    "out_block",
+    "out_outer_jump",
     "out_row",
+    "out_row_jump",
     "plane",  # distance of the m, s and c of the pairs read
     "out_plane",  # and of those written
     "scratch",  # bytes of one item's numbers
 )
+
+DIVISOR_BITS = 62
+
+
+def divisor(run: int) -> int:
+    """What `Kernel.run_of` divides by ``run`` with, exactly while index * run < 2^62."""
+    return (1 << DIVISOR_BITS) // run + 1
+
 
 # -- one item: where it lies and how long it is ---------------------------------------------------
 
@@ -104,7 +118,8 @@ class Item:
     lane: ir.Value  # index of the first of its results, in elements
     columns: ir.Value  # lanes side by side; 1 along
     results: ir.Value  # how many of them are written
-    length: ir.Value  # lane elements
+    length: ir.Value  # positions
+    start: ir.Value  # the first of them, in the lane
     tile: ir.Value  # short: where its rows are turned
 
 
@@ -167,6 +182,8 @@ class Range:
     count: ir.Value  # along: elements; across: columns
     full: ir.Value  # positions before this one need no mask
     end: ir.Value
+    start: ir.Value  # the position in the lane of position 0
+    x_jump: ir.Value  # between runs
     native: bool = False  # x is a copy, in the format that is computed in
     shifted: bool = False  # and has no maximum that needs a shift
 
@@ -185,8 +202,11 @@ class Kernel:
         self.along = job.walk == "along"
         self.short = job.walk == "short"
         # Across, the first stage copies what it reads: rows that are far apart compete for the same
-        # few places of a cache, and would be read from memory by every stage.
-        self.packs = job.walk == "across" and STAGES[job.op][0] is Maximum
+        # few places of a cache, and would be read from memory by every stage. In runs, it does so
+        # that the stage behind it walks one piece.
+        self.packs = STAGES[job.op][0] is Maximum and (
+            job.walk == "across" or (self.along and job.runs)
+        )
         self.x, self.out, self.pairs, parameters, self.ticket = arguments
         for i, name in enumerate(PARAMETERS):
             at = builder.add(parameters, self.int(8 * i))
@@ -210,6 +230,32 @@ class Kernel:
 
     # -- geometry -----------------------------------------------------------------------------
 
+    def run_of(self, index: ir.Value, runs: ir.Value) -> ir.Value:
+        """How many runs end before ``index``: a product and a shift instead of a division."""
+        b, wide = self.b, ir.IntType(128)
+        product = b.mul(b.zext(index, wide), b.zext(runs, wide))
+        return b.trunc(b.lshr(product, ir.Constant(wide, DIVISOR_BITS)), I64)
+
+    def jumps(self, position: ir.Value, jump: ir.Value) -> ir.Value:
+        """What the runs before a position add to its address."""
+        if not self.job.runs or self.short:
+            return self.int(0)
+        return self.b.mul(self.run_of(position, self.lane_runs), jump)
+
+    def lane_at(self, array: str, outer: ir.Value) -> ir.Value:
+        """Where x or out has the lanes of an outer index."""
+        b = self.b
+        step, jump = (getattr(self, f"{array}_outer{part}") for part in ("", "_jump"))
+        base = b.add(getattr(self, array), b.mul(outer, step))
+        return b.add(base, b.mul(self.run_of(outer, self.outer_runs), jump))
+
+    def line_at(self, array: str, item: Item, i: ir.Value) -> ir.Value:
+        """Where x or out has the row i of a group of short ones."""
+        if self.job.runs:
+            return self.lane_at(array, self.b.add(item.lane, i))
+        step = getattr(self, f"{array}_outer")
+        return self.b.add(getattr(item, array), self.b.mul(step, i))
+
     def item(self, cursor: Cursor, high: ir.Value, tile: ir.Value) -> Item:
         """Where the cursor stands, nothing to do if that is ``high`` or more."""
         b = self.b
@@ -219,23 +265,27 @@ class Kernel:
         if self.short:
             columns = self.smaller(b.sub(high, index), self.int(self.group))
 
-        def address(base: ir.Value, by_outer: ir.Value, by_block: ir.Value, size: int) -> ir.Value:
-            base = b.add(base, b.add(b.mul(outer, by_outer), b.mul(block, by_block)))
+        start = b.mul(block, self.block)
+
+        def address(array: str, size: int) -> ir.Value:
+            base = b.mul(start, getattr(self, f"{array}_row"))
+            base = b.add(self.lane_at(array, outer), base)
             return b.add(base, b.mul(first, self.int(size)))
 
-        length = self.smaller(self.block, b.sub(self.n, b.mul(block, self.block)))
+        length = self.smaller(self.block, b.sub(self.n, start))
         lane = outer
         if not self.job.op.startswith("apply"):  # results of blocks, not of the whole lane
             lane = b.add(b.mul(outer, self.blocks), block)
         lane = b.add(b.mul(lane, self.inner), first)
         some = b.and_(active, b.icmp_signed(">", columns, self.int(0)))
         return Item(
-            x=address(self.x, self.x_outer, self.x_block, self.source.itemsize),
-            out=address(self.out, self.out_outer, self.out_block, self.result.itemsize),
+            x=address("x", self.source.itemsize),
+            out=address("out", self.result.itemsize),
             lane=lane,
             columns=columns,
             results=b.select(active, columns, self.int(0)),
             length=b.select(some, length, self.int(0)),
+            start=start if self.cuts else self.int(0),
             tile=tile,
         )
 
@@ -263,16 +313,17 @@ class Kernel:
         """All of an item."""
         b = self.b
         x, out, scratch, length = item.x, item.out, self.buffer, item.length
+        lane = item.start, self.x_row_jump
         if self.short:
             row = self.int(VECTOR_BYTES)
             tile = item.tile
-            return Range(tile, row, tile, tile, item.columns, length, length, native=True)
+            return Range(tile, row, tile, tile, item.columns, length, length, *lane, native=True)
         if not self.along:
             whole = b.icmp_signed(">=", item.columns, self.int(self.panel_elements))
             full = b.select(whole, length, self.int(0))
-            return Range(x, self.x_row, out, scratch, item.columns, full, length)
+            return Range(x, self.x_row, out, scratch, item.columns, full, length, *lane)
         full = b.and_(length, self.int(-self.panel_elements))
-        return Range(x, self.x_row, out, scratch, length, full, length)
+        return Range(x, self.x_row, out, scratch, length, full, length, *lane)
 
     def after(self, r: Range, skip: ir.Value) -> Range:
         """Along, all but the first ``skip`` elements."""
@@ -289,8 +340,19 @@ class Kernel:
         )
 
     def mask(self, r: Range, j: ir.Value, u: int) -> Vector:
-        count = self.b.sub(r.count, j) if self.along else r.count
-        return self.o.live(self.b.sub(count, self.int(u * self.o.width)))
+        b = self.b
+        if self.along and self.job.runs:
+            position = self.position(r, j, u)
+            run = self.run_of(position, self.lane_runs)
+            start = b.mul(run, self.run_positions)
+            return self.o.live(b.sub(self.run_elements, b.sub(position, start)))
+        count = b.sub(r.count, j) if self.along else r.count
+        return self.o.live(b.sub(count, self.int(u * self.o.width)))
+
+    def position(self, r: Range, j: ir.Value, u: int) -> ir.Value:
+        """Where in the lane vector u is at position j of a range."""
+        before = self.int(u * self.o.width if self.along else 0)
+        return self.b.add(self.b.add(r.start, j), before)
 
     def everywhere(self, r: Range) -> Iterator[tuple[ir.Value, int, Vector | None]]:
         """A loop over all of a range, for what is too rare to have its own place in the walk."""
@@ -307,7 +369,8 @@ class Kernel:
 
     def x_at(self, r: Range, j: ir.Value, u: int) -> ir.Value:
         source = self.native if r.native else self.source
-        return self.at(r.x, j, r.x_row, u, source.itemsize)
+        base = self.b.add(r.x, self.jumps(self.position(r, j, u), r.x_jump))
+        return self.at(base, j, r.x_row, u, source.itemsize)
 
     def scratch_at(self, base: ir.Value, j: ir.Value, u: int) -> ir.Value:
         row = self.int(self.panel * VECTOR_BYTES)
@@ -318,21 +381,42 @@ class Kernel:
         return source.load(self.o, self.x_at(r, j, u), mask, fill=-float("inf"))
 
     def store_out(self, r: Range, j: ir.Value, u: int, value: Vector, mask: Vector | None) -> None:
-        place = self.at(r.out, j, self.out_row, u, self.result.itemsize)
+        base = self.b.add(r.out, self.jumps(self.position(r, j, u), self.out_row_jump))
+        place = self.at(base, j, self.out_row, u, self.result.itemsize)
         self.result.store(self.o, place, value, mask, self.job.past_cache)
 
-    def early(self, here: ir.Value, next_item: ir.Value, ahead: ir.Value) -> ir.Value:
-        """Where to fetch from while the walk is at ``here``: the next item, or so much ahead."""
-        further = self.b.icmp_signed("==", ahead, self.int(0))
-        return self.b.select(further, next_item, self.b.add(here, ahead))
+    def early(self, array: str, item: Item, next_item: Item) -> tuple[ir.Value, ir.Value]:
+        """Where to fetch x or out from while an item is walked: the next item, or so much ahead.
 
-    def prefetch_lines(self, start: ir.Value, size: int, to_write: bool = False) -> None:
-        """All cache lines of ``size`` bytes of an array."""
-        places = list(range(0, size, CACHE_LINE_BYTES))
-        if not self.along:
-            places.append(size - 1)  # another line, unless rows begin with one
-        for place in places:
-            self.o.prefetch(self.b.add(start, self.int(place)), to_write)
+        An address, and its position in the lane.
+        """
+        b = self.b
+        further = b.icmp_signed("==", self.ahead, self.int(0))
+        place = b.add(getattr(item, array), b.mul(self.ahead, getattr(self, f"{array}_row")))
+        position = b.add(item.start, self.ahead)
+        return (
+            b.select(further, getattr(next_item, array), place),
+            b.select(further, next_item.start, position),
+        )
+
+    def prefetch(
+        self, array: str, start: tuple[ir.Value, ir.Value], j: ir.Value, vectors: int
+    ) -> None:
+        """The cache lines of vectors of x or out, j positions after where `early` said."""
+        base, first = start
+        size = self.source.itemsize if array == "x" else self.result.itemsize
+        row, jump = (getattr(self, f"{array}_row{part}") for part in ("", "_jump"))
+        apart = self.along and self.job.runs  # each vector may be of another run
+        length = self.o.width * size * (1 if apart else vectors)
+        places = list(range(0, length, CACHE_LINE_BYTES))
+        if not self.along or apart:
+            places.append(length - 1)  # another line, unless rows begin with one
+        for u in range(vectors if apart else 1):
+            position = self.b.add(j, self.int(u * self.o.width))
+            jumps = self.jumps(self.b.add(first, position), jump)
+            line = self.at(self.b.add(base, jumps), position, row, 0, size)
+            for place in places:
+                self.o.prefetch(self.b.add(line, self.int(place)), to_write=array == "out")
 
     # -- values kept between items ------------------------------------------------------------
 
@@ -378,10 +462,14 @@ class Kernel:
             # All loads before all stores: a load waits for a store before it whose place in a page
             # it overlaps in part, as x and out often do. And the last stage reads the scratch that
             # the stage before it fills.
-            read = [[stage.read(j, u, None) for u in range(self.panel)] for stage in stages]
-            for stage, values in reversed(list(zip(stages, read, strict=True))):
+            masks = [[self.run_mask(stage, j, u) for u in range(self.panel)] for stage in stages]
+            read = [
+                [stage.read(j, u, mask) for u, mask in enumerate(of_stage)]
+                for stage, of_stage in zip(stages, masks, strict=True)
+            ]
+            for stage, values, of_stage in reversed(list(zip(stages, read, masks, strict=True))):
                 for u, value in enumerate(values):
-                    stage.step(j, u, None, value)
+                    stage.step(j, u, of_stage[u], value)
         # Along, what is left is taken by single vectors.
         step, vectors = (self.o.width, 1) if self.along else (1, self.panel)
         for stage in reversed(stages):
@@ -393,6 +481,11 @@ class Kernel:
                     stage.step(j, u, mask, stage.read(j, u, mask))
         for stage in reversed(stages):
             stage.leave()
+
+    def run_mask(self, stage: "Stage", j: ir.Value, u: int) -> Vector | None:
+        """Along in runs, what of a vector belongs to one; sums are of a copy without gaps."""
+        gaps = self.along and self.job.runs and not isinstance(stage, Sum)
+        return self.mask(stage.range, j, u) if gaps else None
 
     def turned_walk(self, stages: "list[Stage]", items: list[Item]) -> None:
         """The same for short rows, whose tiles lie in the first-level cache: one after the other.
@@ -498,6 +591,11 @@ class Kernel:
         stages[-1].end()
 
     @property
+    def cuts(self) -> bool:
+        """Whether lanes may be cut into blocks."""
+        return self.job.op not in (SOFTMAX, LOG_SOFTMAX, LOGSUMEXP)
+
+    @property
     def copies_huge(self) -> bool:
         """Whether what needs a shift gets it once, in a copy, and not in every step."""
         return self.short or self.packs or self.source == self.native
@@ -535,12 +633,10 @@ class Stage:
 
     def look_ahead(self, next_item: Item) -> None:
         """Say what the first stage, which reads x from memory, is to fetch early."""
-        self.ahead = self.k.early(self.current.x, next_item.x, self.k.ahead)
+        self.ahead = self.k.early("x", self.current, next_item)
 
     def prefetch(self, j: ir.Value, vectors: int) -> None:
-        k = self.k
-        start = k.at(self.ahead, j, k.x_row, 0, k.source.itemsize)
-        k.prefetch_lines(start, vectors * k.o.width * k.source.itemsize)
+        self.k.prefetch("x", self.ahead, j, vectors)
 
     def look_ahead_out(self, next_item: Item) -> None:
         """For the last stage, if it writes as much as the first one reads."""
@@ -601,9 +697,9 @@ class Maximum(Stage):
         """Rows of x to the columns of the tile, a square in registers at a time."""
         k, b, o, item = self.k, self.k.b, self.o, self.current
         last = b.sub(item.columns, k.int(1))
-        lines = [b.add(item.x, b.mul(k.x_outer, k.smaller(k.int(i), last))) for i in range(o.width)]
+        lines = [k.line_at("x", item, k.smaller(k.int(i), last)) for i in range(o.width)]
         with o.loop(k.int(0), b.mul(k.x_outer, k.int(o.width)), CACHE_LINE_BYTES) as at:
-            o.prefetch(b.add(self.ahead, at))
+            o.prefetch(b.add(self.ahead[0], at))
         with o.loop(k.int(0), item.length, o.width) as q:
             mask = o.live(b.sub(item.length, q))
             offset = b.mul(q, k.int(k.source.itemsize))
@@ -642,10 +738,12 @@ class Terms(Stage):
                 o.store(k.scratch_at(k.shifted_x, j, u), x)
         row = k.int(k.panel * VECTOR_BYTES)
         usual, usual_row = (k.packed_x, row) if k.packs else (r.x, r.x_row)
+        usual_jump = k.int(0) if k.packs else r.x_jump
         self.range = dataclasses.replace(
             r,
             x=b.select(huge, k.shifted_x, usual),
             x_row=b.select(huge, row, usual_row),
+            x_jump=b.select(huge, k.int(0), usual_jump),
             native=True,
             shifted=True,
         )
@@ -953,7 +1051,7 @@ class Output(Stage):
         sees no stream here.
         """
         k, b = self.k, self.k.b
-        self.ahead = k.early(self.current.out, next_item.out, k.out_ahead)
+        self.ahead = k.early("out", self.current, next_item)
         if k.along and k.job.past_cache:
             size = b.mul(next_item.length, k.int(k.result.itemsize))
             for place in (next_item.out, b.add(next_item.out, size)):
@@ -961,9 +1059,8 @@ class Output(Stage):
 
     def prefetch_out(self, j: ir.Value) -> None:
         k = self.k
-        if k.job.walk == "across" and not k.job.past_cache:
-            place = k.at(self.ahead, j, k.out_row, 0, k.result.itemsize)
-            k.prefetch_lines(place, k.panel_elements * k.result.itemsize, to_write=True)
+        if (k.job.walk == "across" or k.job.runs) and not k.job.past_cache:
+            k.prefetch("out", self.ahead, j, k.panel)
 
     def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
         self.k.store_out(self.range, j, u, self.result(value, u), mask)
@@ -979,10 +1076,13 @@ class Output(Stage):
             places = [b.add(q, k.int(j)) for j in range(o.width)]
             columns = [self.result(self.read(place, 0, None), 0) for place in places]
             mask = o.live(b.sub(item.length, q))
-            out = item.out if self.lines is None else self.lines.free()
-            start = b.add(out, b.mul(q, k.int(k.result.itemsize)))
+            start = b.mul(q, k.int(k.result.itemsize))
             for i, line in enumerate(o.transpose(columns)):
-                place = b.add(start, b.mul(k.int(i), k.out_outer))
+                if self.lines is None:
+                    row = k.line_at("out", item, k.int(i))
+                else:
+                    row = b.add(self.lines.free(), b.mul(k.int(i), k.out_outer))
+                place = b.add(start, row)
                 with b.if_then(b.icmp_signed("<", k.int(i), item.columns)):
                     k.result.store(o, place, line, mask)
         if self.lines is not None:

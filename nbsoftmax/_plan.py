@@ -119,13 +119,11 @@ def chunk_items(items: int, item_bytes: int, group: int, threads: int, wakes: bo
     return -(-max(1, least, share, overlapped) // group) * group
 
 
-def prefetch_bytes(walk: str, item_bytes: int, row_bytes: int) -> int:
-    """How far ahead of the walk x is fetched; 0 for the next item."""
-    if walk == "short":
-        return LIMITS.ahead_bytes
-    if item_bytes <= LIMITS.next_item_bytes:
+def ahead(walk: str, item_bytes: int, itemsize: int) -> int:
+    """How many positions ahead of the walk is fetched; 0 for the next item."""
+    if walk != "short" and item_bytes <= LIMITS.next_item_bytes:
         return 0
-    return LIMITS.ahead_bytes if walk == "along" else LIMITS.ahead_rows * row_bytes
+    return LIMITS.ahead_rows if walk == "across" else LIMITS.ahead_bytes // itemsize
 
 
 def _across_panel(n: int, inner: int, width: int) -> int:
@@ -141,13 +139,19 @@ def plan(
     inner: int,
     compute_itemsize: int,
     result_itemsize: int,
+    runs: bool = False,
 ) -> Plan:
-    """The regime of an array folded to ``(outer, n, inner)``. First line that holds wins."""
+    """The regime of an array folded to ``(outer, n, inner)``. First line that holds wins.
+
+    ``runs`` says that the lane is of several runs, n their vectors' elements.
+    """
     limits = LIMITS
     width = VECTOR_BYTES // compute_itemsize
     lane = n * compute_itemsize
     writes = 0 if op == LOGSUMEXP else outer * n * inner * result_itemsize
     past_cache = writes > limits.past_cache_bytes
+    if runs and inner == 1:  # their last vectors are not whole
+        past_cache = False
     short = {4: limits.short_float32_elements, 8: limits.short_float64_elements}[compute_itemsize]
     whole = {4: limits.lane_float32_bytes, 8: limits.lane_float64_bytes}[compute_itemsize]
     if op == LOGSUMEXP:
@@ -161,8 +165,11 @@ def plan(
         if n * row > (limits.few_panels_bytes if few else limits.panel_bytes):
             return Plan("across", panel, max(8, limits.panel_block_bytes // row), past_cache)
         return Plan("across", panel, n, past_cache)
-    if n <= short and outer >= width // 2:
+    if n <= short and outer >= width // 2 and not runs:
         return Plan("short", 1, n, past_cache)
+    if 4 * n <= short and runs:  # and more to copying such rows and turning them
+        return Plan("packed")
     if lane > (limits.few_lanes_bytes if outer < limits.few_lanes else whole):
-        return Plan("along", 4, limits.block_bytes // compute_itemsize, past_cache)
+        block = limits.block_bytes // compute_itemsize
+        return Plan("along", 4, -(-block // width) * width if runs else block, past_cache)
     return Plan("along", 4, n, past_cache)

@@ -1,5 +1,6 @@
 """The contract as code: axes, dtypes, shapes and what an argument must be. Knows no compiler."""
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -116,8 +117,25 @@ def check_where(where: Any, shape: tuple[int, ...]) -> Array:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Where the elements of an index lie: so many bytes apart, and after each run a jump more."""
+
+    run: int  # all of them, if the index is of one axis
+    x: int
+    out: int
+    x_jump: int = 0
+    out_jump: int = 0
+
+    def in_vectors(self, width: int) -> "Steps":
+        """The same for runs of whole vectors, whose last elements are not there."""
+        gap = -self.run % width
+        x_jump, out_jump = self.x_jump - gap * self.x, self.out_jump - gap * self.out
+        return Steps(self.run + gap, self.x, self.out, x_jump, out_jump)
+
+
+@dataclass(frozen=True)
 class Fold:
-    """Any array and axes seen as ``(outer, n, inner)``; strides in bytes.
+    """Any array and axes seen as ``(outer, n, inner)``; inner lies side by side.
 
     ``order`` is the order of the axes in which x was folded; a new result is laid out in it.
     """
@@ -126,10 +144,8 @@ class Fold:
     outer: int
     n: int
     inner: int
-    x_outer: int
-    x_n: int
-    out_outer: int
-    out_n: int
+    by_outer: Steps
+    by_n: Steps
 
 
 def fold(
@@ -139,14 +155,22 @@ def fold(
     axes: tuple[int, ...],
     itemsize: int,
     out_itemsize: int,
+    runs: bool = False,
 ) -> Fold | None:
-    """The fold that needs no copy, or None. ``out_strides`` is None for a result yet to be made."""
+    """The fold that needs no copy, or None. ``out_strides`` is None for a result yet to be made.
+
+    Without ``runs``, outer and n are of one axis each. With them, they may be of two where nothing
+    else folds; a new result is then in C order, as where nothing folds at all.
+    """
     natural = tuple(range(len(shape)))
     by_stride = tuple(sorted(natural, key=lambda i: -abs(strides[i])))
-    for order in dict.fromkeys((natural, by_stride)):
+    ways = [(natural, False), (by_stride, False)]
+    if runs:
+        ways += [(natural, True)] if out_strides is None else [(natural, True), (by_stride, True)]
+    for order, in_runs in dict.fromkeys(ways):
         steps = out_strides if out_strides is not None else _contiguous(shape, order, out_itemsize)
         groups = _groups(shape, strides, steps, order, axes)
-        folded = _fold_groups(order, groups, itemsize, out_itemsize)
+        folded = _fold_groups(order, groups, itemsize, out_itemsize, in_runs)
         if folded is not None:
             return folded
     return None
@@ -181,24 +205,54 @@ def _groups(
     return groups
 
 
+# Whether each group of axes is reduced; all else needs runs.
+_OF_ONE_AXIS_EACH: tuple[list[bool], ...] = (
+    [],
+    [False],
+    [True],
+    [True, False],
+    [False, True],
+    [False, True, False],
+)
+
+
 def _fold_groups(
     order: tuple[int, ...],
     groups: list[tuple[bool, int, int, int]],
     itemsize: int,
     out_itemsize: int,
+    runs: bool,
 ) -> Fold | None:
     kinds = [reduced for reduced, *_ in groups]
-    one = (False, 1, 0, 0)
-    if kinds in ([], [False]):  # nothing is reduced: lanes of one element, side by side
-        groups = [one, (True, 1, 0, 0), groups[0] if groups else (False, 1, itemsize, out_itemsize)]
-    elif kinds in ([True], [True, False]):
-        groups = [one, *groups]
-    elif kinds not in ([False, True], [False, True, False]):
+    if not runs and kinds not in _OF_ONE_AXIS_EACH:
         return None
-    (_, outer, x_outer, out_outer), (_, n, x_n, out_n) = groups[:2]
-    inner, last, out_last = 1, x_n, out_n
-    if len(groups) == 3:
-        _, inner, last, out_last = groups[2]
-    if (last, out_last) != (itemsize, out_itemsize):
+    kept, lane = (
+        [(size, x, out) for reduced, size, x, out in groups if reduced == wanted]
+        for wanted in (False, True)
+    )
+    # Side by side are the elements of a lane, or else neighbouring lanes; if nothing is reduced,
+    # lanes of one element.
+    if kinds and kinds[-1]:
+        inner, *side_by_side = 1, *lane[-1][1:]
+    else:
+        inner, *side_by_side = kept.pop() if kept else (1, itemsize, out_itemsize)
+    if side_by_side != [itemsize, out_itemsize]:
         return None
-    return Fold(order, outer, n, inner, x_outer, x_n, out_outer, out_n)
+    by_outer, by_n = _steps(kept), _steps(lane)
+    if by_outer is None or by_n is None:
+        return None
+    outer, n = (math.prod(size for size, *_ in axes) for axes in (kept, lane))
+    return Fold(order, outer, n, inner, by_outer, by_n)
+
+
+def _steps(axes: list[tuple[int, int, int]]) -> Steps | None:
+    """The steps of an index that is of no more than two axes: (size, stride, out stride)."""
+    if len(axes) > 2:
+        return None
+    run, x, out = axes[-1] if axes else (1, 0, 0)
+    if len(axes) < 2:
+        return Steps(run, x, out)
+    count, x_outer, out_outer = axes[0]
+    if count * run * run >= 1 << 62:
+        return None  # a kernel's division by the run would not be exact
+    return Steps(run, x, out, x_outer - run * x, out_outer - run * out)

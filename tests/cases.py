@@ -218,6 +218,9 @@ LONG_COLUMNS = (
     ((7, 33, 65), (0, 2)),
     ((4, 50, 3, 60), (1, 3)),
     ((4, 50, 3, 60), (3, 1)),
+    ((50, 4, 60, 33), (0, 2)),
+    ((9, 7, 33, 5, 40), (2, 0)),
+    ((3, 3, 40, 2, 70), (2, 4)),
 )
 MANY_LANES = (
     ((5000, 3), -1),
@@ -253,6 +256,9 @@ SOME_SHAPES = (
     ((5, 6, 35), (0, 2)),
     ((5, 6, 35), (2, 1)),
     ((2, 3, 4, 9), (1, 2)),
+    ((4, 5, 6, 9), (0, 2)),
+    ((4, 3, 5, 21), (1, 3)),
+    ((2, 3, 4, 3, 9), (1, 3)),
 )
 
 EMPTY_SHAPES = ((0,), (0, 3), (3, 0), (0, 0), (2, 0, 3), (0, 1, 2), (3, 2, 0), (1, 0, 2, 0))
@@ -332,6 +338,18 @@ def _padded(before, after, dim):
     return pad
 
 
+def _apart_in_the_second_axis(x):
+    """Neither the first two axes nor the last two are one."""
+    if x.ndim < 3:
+        return _padded(0, 5, -1)(x)
+    return _padded(1, 2, 1)(_padded(0, 3, -1)(x))
+
+
+def _reversed_second_axis(x):
+    every = (slice(None), slice(None, None, -1)) if x.ndim > 1 else slice(None, None, -1)
+    return np.ascontiguousarray(x[every])[every]
+
+
 def _unaligned(x):
     raw = bytearray(x.nbytes + 1)
     view = np.frombuffer(raw, dtype=x.dtype, count=x.size, offset=1).reshape(x.shape)
@@ -387,6 +405,8 @@ _LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "row_pitched": _padded(0, 5, -1),
     "row_pitched_shifted": _padded(3, 2, -1),
     "pitched_in_the_first_axis": _padded(1, 1, 0),
+    "apart_in_the_second_axis": _apart_in_the_second_axis,
+    "reversed_second_axis": _reversed_second_axis,
     "pitched_fortran": lambda x: _padded(0, 3, -1)(x.T).T,
     "byte_swapped": lambda x: x.astype(x.dtype.newbyteorder()),
     "unaligned": _unaligned,

@@ -42,6 +42,7 @@ def jobs():
         for dtype in ("float32", "float64"):
             for walk, panel in PANELS.items():
                 yield kernels.Job(op, dtype, dtype, walk, panel)
+                yield kernels.Job(op, dtype, dtype, walk, panel, runs=True)
             yield kernels.Job(op, dtype, dtype, "across", 1)
         for dtype in ("float16", "bfloat16"):
             yield kernels.Job(op, dtype, dtype, "along")
@@ -49,6 +50,7 @@ def jobs():
         for op in (kernels.PAIRS, kernels.APPLY_SOFTMAX):
             yield kernels.Job(op, dtype, dtype, "along")
             yield kernels.Job(op, dtype, dtype, "across")
+            yield kernels.Job(op, dtype, dtype, "along", runs=True)
     yield kernels.Job(kernels.PAIRS, "float64", "float64", "along", weighted=True)
     yield kernels.Job("softmax", "int32", "float64", "along")
 
@@ -58,7 +60,8 @@ JOBS = list(jobs())
 
 def job_id(job):
     past = "-past_cache" if job.past_cache else ""
-    return f"{job.op}-{job.source}-{job.walk}-{job.panel}{past}{'-weighted' * job.weighted}"
+    kind = past + "-weighted" * job.weighted + "-runs" * job.runs
+    return f"{job.op}-{job.source}-{job.walk}-{job.panel}{kind}"
 
 
 @functools.cache

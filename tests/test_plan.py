@@ -26,15 +26,17 @@ def regime_of(shape, axis, dtype, op="softmax", layout="c"):
         strides = np.cumprod([dtype.itemsize, *(n + 5 for n in shape[:0:-1])])[::-1]
     axes = _semantics.normalize_axis(axis, len(shape))
     size = dtype.itemsize
-    fold = _semantics.fold(tuple(shape), tuple(map(int, strides)), None, axes, size, size)
+    fold = _semantics.fold(tuple(shape), tuple(map(int, strides)), None, axes, size, size, True)
     if fold is None:
         return "packed"
     compute = max(4, size)
-    plan = _plan.plan(op, fold.outer, fold.n, fold.inner, compute, size)
+    in_runs = fold.by_n.run < fold.n
+    plan = _plan.plan(op, fold.outer, fold.n, fold.inner, compute, size, in_runs)
     if plan.walk == "packed":
         return "packed"
+    runs = "+runs" if in_runs or fold.by_outer.run < fold.outer else ""
     blocks = "+blocks" if plan.blocks(fold.n) > 1 else ""
-    return plan.walk + blocks + ("+past_cache" if plan.past_cache else "")
+    return plan.walk + runs + blocks + ("+past_cache" if plan.past_cache else "")
 
 
 GOLDEN = [
@@ -71,7 +73,17 @@ GOLDEN = [
     ((20, 30, 40), (0, 1), "float32", "across"),
     ((40, 50, 40), (0, 1), "float32", "across+blocks"),
     ((20, 30, 40), (1, 2), "float32", "along"),
-    ((20, 30, 40), (0, 2), "float32", "packed"),
+    ((20, 30, 40), (0, 2), "float32", "along+runs"),
+    ((64, 32, 64, 32), (0, 2), "float32", "across+runs"),
+    ((64, 32, 64, 32), (0, 2), "float64", "across+runs+past_cache"),
+    ((64, 32, 64, 32), (1, 3), "float32", "along+runs"),
+    ((64, 32, 64, 32), (1, 3), "float64", "along+runs"),  # parts of vectors cannot go past
+    ((512, 8, 64, 32), (0, 2), "float32", "across+runs+blocks+past_cache"),
+    ((64, 64, 28, 28), (0, 2, 3), "float32", "along+runs"),
+    ((64, 64, 56, 56), (0, 2, 3), "float32", "along+runs+blocks"),
+    ((100, 2, 100, 8), (1, 3), "float32", "packed"),
+    ((64, 32, 64, 3), (0, 2), "float32", "packed"),
+    ((4, 5, 6, 7, 8, 9), (0, 2, 4), "float32", "packed"),
     ((20, 30, 40), None, "float32", "along+blocks"),
     ((20, 30, 40), (), "float32", "across"),
 ]
@@ -103,6 +115,7 @@ def test_logsumexp_stores_too_little_to_bypass_the_cache():
         ("pitched", 0, "across"),
         ("strided", 1, "packed"),
         ("strided", 0, "packed"),
+        ("pitched", None, "along+runs"),
     ],
 )
 def test_layouts_that_fold_as_they_lie(layout, axis, regime):
@@ -114,7 +127,7 @@ def test_layouts_that_fold_as_they_lie(layout, axis, regime):
 REACHED = {
     "default": {"short", "along", "across"},
     "whole_lanes": {"along", "across"},
-    "blocks": {"along+blocks", "across+blocks"},
+    "blocks": {"along+blocks", "across+blocks", "along+runs+blocks", "across+runs+blocks"},
     "in_pieces": {"along", "across"},
     "past_cache": {"along+past_cache", "across+past_cache"},
     "packed": {"packed", "along"},
@@ -155,32 +168,50 @@ def test_every_geometry_has_a_plan(regime):
     """A walk that exists, blocks that cover the lane, rows turned only where they fit."""
     with _plan.using(**cases.REGIMES[regime]) as limits:
         for op, outer, n, inner in itertools.product(("softmax", "logsumexp"), *[SIZES] * 3):
-            for itemsize in (4, 8):
-                plan = _plan.plan(op, outer, n, inner, itemsize, itemsize)
+            for itemsize, runs in itertools.product((4, 8), (False, True)):
+                plan = _plan.plan(op, outer, n, inner, itemsize, itemsize, runs)
                 assert plan.walk in {"along", "across", "short", "packed"}
                 if plan.walk == "packed":
-                    assert 1 < inner < limits.narrow_elements
+                    assert 1 < inner < limits.narrow_elements or (runs and inner == 1 and n <= 96)
                     continue
                 assert plan.block >= 1
                 assert (plan.blocks(n) - 1) * plan.block < n <= plan.blocks(n) * plan.block
                 assert (plan.walk == "across") == (inner > 1)
-                assert plan.walk != "short" or n <= 384
+                assert plan.walk != "short" or (n <= 384 and not runs)
+                if runs and plan.walk == "along":
+                    assert plan.block == n or plan.block % (64 // itemsize) == 0
 
 
 def test_fold_sees_the_elements_it_should():
-    """Every fold without a copy, played back with its strides, finds each lane's own elements."""
+    """Every fold without a copy, played back with its steps, finds each lane's own elements."""
     layouts = ("c", "fortran", "row_pitched", "reversed", "broadcast_first_axis")
     for (shape, axis), layout in itertools.product(cases.EVERY_AXIS, layouts):
         x = cases.LAYOUTS[layout](np.arange(np.prod(shape), dtype=np.int64).reshape(shape))
         axes = _semantics.normalize_axis(axis, x.ndim)
-        fold = _semantics.fold(x.shape, x.strides, None, axes, 8, 8)
-        if fold is None:
-            continue
-        assert fold.outer * fold.n * fold.inner == x.size
-        step = 8
-        view = np.lib.stride_tricks.as_strided(
-            x, (fold.outer, fold.n, fold.inner), (fold.x_outer, fold.x_n, step)
+        for runs in (False, True):
+            fold = _semantics.fold(x.shape, x.strides, None, axes, 8, 8, runs)
+            if fold is None:
+                continue
+            assert fold.outer * fold.n * fold.inner == x.size
+            sizes, steps = [], []
+            for count, by in ((fold.outer, fold.by_outer), (fold.n, fold.by_n)):
+                assert runs or by.run == count
+                sizes += [count // by.run, by.run]
+                steps += [by.run * by.x + by.x_jump, by.x]
+            view = np.lib.stride_tricks.as_strided(x, (*sizes, fold.inner), (*steps, 8))
+            view = view.reshape(fold.outer, fold.n, fold.inner)
+            kept = [i for i in fold.order if i not in axes]
+            lanes = x.transpose([*kept, *[i for i in fold.order if i in axes]]).reshape(-1, fold.n)
+            np.testing.assert_array_equal(view.transpose(0, 2, 1).reshape(-1, fold.n), lanes)
+
+
+@pytest.mark.parametrize("axis", [0, -1, (0, 2), (1, 3), None, ()])
+def test_runs_leave_results_in_c_order(axis):
+    """As packing does: who has a fold of one axis each keeps it, and its order."""
+    for layout in ("c", "fortran", "rotated", "row_pitched", "pitched_in_the_first_axis"):
+        x = cases.LAYOUTS[layout](np.zeros((4, 5, 6, 7)))
+        axes = _semantics.normalize_axis(axis, x.ndim)
+        plain, runs = (
+            _semantics.fold(x.shape, x.strides, None, axes, 8, 8, runs) for runs in (False, True)
         )
-        kept = [i for i in fold.order if i not in axes]
-        lanes = x.transpose([*kept, *[i for i in fold.order if i in axes]]).reshape(-1, fold.n)
-        np.testing.assert_array_equal(view.transpose(0, 2, 1).reshape(-1, fold.n), lanes)
+        assert runs == plain if plain is not None else runs is None or runs.order == (0, 1, 2, 3)

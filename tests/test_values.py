@@ -60,6 +60,23 @@ def test_special_number_acts_the_same_at_every_position(special, n, dtype, backe
             oracle.assert_right(op, backend(op, x, axis), x, axis, lanes=lanes)
 
 
+@each_library
+@pytest.mark.parametrize("dtype", cases.FLOATS)
+@pytest.mark.parametrize(("runs", "length"), [(2, 3), (5, 4), (3, 17), (4, 16), (2, 33)])
+@pytest.mark.parametrize("special", SPECIALS)
+def test_special_number_acts_the_same_in_every_run(special, runs, length, dtype, backend, regime):
+    """The same for lanes of axes that are apart: at the ends of runs, and where blocks begin."""
+    n = runs * length
+    x = cases.draw((2, n, n), dtype, spread=1.0, offset=2.0)
+    np.fill_diagonal(x[1], SPECIALS[special])
+    x = x.reshape(2, n, runs, length)
+    for order, axis in (((2, 0, 1, 3), (0, 3)), ((0, 2, 1, 3), (1, 3)), ((2, 0, 3, 1), (0, 2))):
+        y = np.ascontiguousarray(x.transpose(order))
+        lanes = oracle.Lanes.of(y, axis)
+        for op in OPS:
+            oracle.assert_right(op, backend(op, y, axis), y, axis, lanes=lanes)
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("dtype", "bits"),

@@ -97,11 +97,11 @@ def _call(
     reduces = op == LOGSUMEXP
     outer, n, inner = fold.outer, fold.n, fold.inner
     plan = _plan.plan(op, outer, n, inner, size, form.real.itemsize, clusters, weighted)
-    x_n, out_n = (size, size) if inner == 1 else (fold.x_n, fold.out_n)
-    out_outer = inner * size if reduces else fold.out_outer
+    x_n, out_n = (size, size) if inner == 1 else (fold.by_n.x, fold.by_n.out)
+    out_outer = inner * size if reduces else fold.by_outer.out
     row = (n if plan.along else inner) * size
     steps = () if plan.along else (x_n,)
-    access = _plan.access(plan.width, size, at, row, fold.x_outer if outer > 1 else 0, *steps)
+    access = _plan.access(plan.width, size, at, row, fold.by_outer.x if outer > 1 else 0, *steps)
     steps = () if plan.along else (out_n,)
     out_access = _plan.access(plan.width, size, out_at, row, out_outer if outer > 1 else 0, *steps)
     group = Group(plan.across, plan.deep, plan.clusters, plan.items)
@@ -112,7 +112,7 @@ def _call(
         return Step(job, units, ADDRESSES[stage], numbers)
 
     units = plan.units(outer, inner)
-    folded = outer, n, inner, fold.x_outer, x_n
+    folded = outer, n, inner, fold.by_outer.x, x_n
     cut = plan.chunks, plan.length
     scratch = 0
     if not plan.chunks:
