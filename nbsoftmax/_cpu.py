@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -189,6 +190,7 @@ def _launch(
     keepdims: bool,
     out_strides: tuple[int, ...] | None = None,
     out_at: int = 0,
+    alone: bool = False,
 ) -> Launch | None:
     """How to run ``op``, or None if no kernel walks such an array as it lies."""
     axes = _semantics.normalize_axis(axis, len(shape))
@@ -208,7 +210,7 @@ def _launch(
         by_n = by_n.in_vectors(width)
         n = n // fold.by_n.run * by_n.run
     folded = outer, n, inner
-    plan = _plan.plan(op, outer, n, inner, real.itemsize, result.itemsize, in_runs)
+    plan = _plan.plan(op, outer, n, inner, real.itemsize, result.itemsize, in_runs, alone)
     if plan.walk == "packed":
         return None
     across = plan.walk == "across"
@@ -530,7 +532,7 @@ def _packed(
     sign: Array | None,
     result: np.dtype[Any],
 ) -> None:
-    """Lanes copied to rows, a piece at a time: odd strides, byte orders, dtypes, masks, weights."""
+    """Lanes copied, a piece at a time: odd strides, byte orders, dtypes, masks, weights."""
     kept = tuple(i for i in range(x.ndim) if i not in axes)
     kept_shape = tuple(x.shape[i] for i in kept)
     order = kept + axes
@@ -552,14 +554,13 @@ def _packed(
         return
     x, mask, weights = lanes(x), lanes(mask), lanes(weights)  # type: ignore[assignment]
     out, sign = results(out), results(sign)  # type: ignore[assignment]
-    n = 1
-    for size in x.shape[len(kept) :]:
-        n *= size
+    n = math.prod(x.shape[len(kept) :])
+    lane = tuple(range(-len(axes), 0))  # its axes, in every piece
     wide = 8 if weights is not None else max(4, result.itemsize)
 
     def compute(piece: Any) -> None:
         part = [None if a is None else a[piece] for a in (mask, weights)]
-        value, signs = _piece(op, x[piece], part[0], part[1], n, result)
+        value, signs = _piece(op, x[piece], part[0], part[1], lane, result)
         if signs is not None and sign is None:
             value[signs < 0] = np.nan
         out[piece] = value.reshape(out[piece].shape)
@@ -608,6 +609,9 @@ class _Pieces(_pool.Job):
         self.left.clear()
 
 
+LANES_TOGETHER = 64  # neighbours, if lanes are walked across: whole vectors, and lines of memory
+
+
 def _pieces(shape: tuple[int, ...], lane_bytes: int) -> Any:
     """Indices that cut the kept axes into pieces of about equal work, whole lanes each."""
     budget = max(1, _plan.LIMITS.packed_bytes // lane_bytes)
@@ -619,6 +623,8 @@ def _pieces(shape: tuple[int, ...], lane_bytes: int) -> Any:
     if tail == 0:
         return [(...,)]
     step = max(1, budget // inside)
+    if step > LANES_TOGETHER:
+        step -= step % LANES_TOGETHER
     heads = itertools.product(*(range(size) for size in shape[: tail - 1]))
     last = shape[tail - 1]
     return [
@@ -629,36 +635,54 @@ def _pieces(shape: tuple[int, ...], lane_bytes: int) -> Any:
 
 
 def _piece(
-    op: str, x: Array, mask: Array | None, weights: Array | None, n: int, result: np.dtype[Any]
+    op: str,
+    x: Array,
+    mask: Array | None,
+    weights: Array | None,
+    axes: tuple[int, ...],
+    result: np.dtype[Any],
 ) -> tuple[Array, Array | None]:
-    """The results of one piece, its lanes in rows."""
-    kind = np.dtype(np.float64) if weights is not None else result
-    if not _reads(kind) and kind.itemsize == 2:
-        kind = np.dtype(np.float32)
-    rows = np.array(x, dtype=kind, order="C", copy=True).reshape(-1, n)
+    """The results of one piece."""
     if weights is not None:
-        by = np.array(weights, dtype=kind, order="C", copy=True).reshape(-1, n)
+        n = math.prod(x.shape[i] for i in axes)
+        rows, by = (np.array(a, np.float64, order="C").reshape(-1, n) for a in (x, weights))
         if mask is not None:
             by[~mask.reshape(-1, n)] = 0.0
         return _weighted(rows, by, result)
-    if mask is None:
-        return _rows(op, rows), None
-    visible = mask.reshape(-1, n)
-    rows[~visible] = -np.inf
-    value = _rows(op, rows)
-    if op != LOGSUMEXP:
-        value[~visible.any(axis=1)] = 0.0 if op == SOFTMAX else -np.inf
+    if mask is not None:
+        x = np.where(mask, x, -np.inf)
+    value = _copied(op, x, axes, result)
+    if mask is not None and op != LOGSUMEXP:
+        nothing = ~mask.any(axis=axes, keepdims=True)
+        if nothing.any():
+            np.copyto(value, 0.0 if op == SOFTMAX else -np.inf, where=nothing)
     return value, None
 
 
-def _rows(op: str, rows: Array) -> Array:
-    """One op on rows that lie one behind the other, in this thread; in place where it can be."""
-    launch = _launch(op, rows.shape, rows.strides, rows.dtype, 1, False)
+def _copied(op: str, x: Array, axes: tuple[int, ...], result: np.dtype[Any]) -> Array:
+    """One op on a copy of x, in this thread; in place where it can be.
+
+    The copy is laid out as x is, if kernels walk it so: what is contiguous is copied as such. Else
+    its lanes are rows.
+    """
+    kind = result if _reads(result) or result.itemsize > 2 else np.dtype(np.float32)
+    launch = None
+    for order in ("K", "C"):
+        copy = np.empty_like(x, kind, order, subok=False)
+        steps = None if op == LOGSUMEXP else copy.strides
+        launch = _launch(op, copy.shape, copy.strides, kind, axes, False, steps, _place(copy), True)
+        if launch is not None:
+            break
+    np.copyto(copy, x, casting="unsafe")
+    lanes = copy.shape[: copy.ndim - len(axes)]
     if launch is None:
-        return _plain.run(op, rows)
-    out = np.empty(launch.shape, launch.result) if op == LOGSUMEXP else rows
-    launch.with_threads(rows, out, 1)
-    return out
+        rows = _plain.run(op, copy.reshape(math.prod(lanes), -1))
+        return rows.reshape(lanes if op == LOGSUMEXP else copy.shape)
+    out = copy if op != LOGSUMEXP else np.empty(launch.shape, launch.result)
+    launch.with_threads(copy, out, 1)
+    if op != LOGSUMEXP:
+        return copy
+    return (out if launch.transpose is None else out.transpose(launch.transpose)).reshape(lanes)
 
 
 def _weighted(x: Array, weights: Array, result: np.dtype[Any]) -> tuple[Array, Array]:

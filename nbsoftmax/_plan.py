@@ -140,10 +140,12 @@ def plan(
     compute_itemsize: int,
     result_itemsize: int,
     runs: bool = False,
+    alone: bool = False,
 ) -> Plan:
     """The regime of an array folded to ``(outer, n, inner)``. First line that holds wins.
 
-    ``runs`` says that the lane is of several runs, n their vectors' elements.
+    ``runs`` says that the lane is of several runs, n their vectors' elements; ``alone`` that
+    one thread does it all, for which few lanes need not be cut.
     """
     limits = LIMITS
     width = VECTOR_BYTES // compute_itemsize
@@ -161,7 +163,7 @@ def plan(
             return Plan("packed")
         panel = _across_panel(n, inner, width)
         row = panel * VECTOR_BYTES
-        few = outer * -(-inner // (panel * width)) < limits.few_panels
+        few = not alone and outer * -(-inner // (panel * width)) < limits.few_panels
         if n * row > (limits.few_panels_bytes if few else limits.panel_bytes):
             return Plan("across", panel, max(8, limits.panel_block_bytes // row), past_cache)
         return Plan("across", panel, n, past_cache)
@@ -169,7 +171,7 @@ def plan(
         return Plan("short", 1, n, past_cache)
     if 4 * n <= short and runs:  # and more to copying such rows and turning them
         return Plan("packed")
-    if lane > (limits.few_lanes_bytes if outer < limits.few_lanes else whole):
+    if lane > (limits.few_lanes_bytes if outer < limits.few_lanes and not alone else whole):
         block = limits.block_bytes // compute_itemsize
         return Plan("along", 4, -(-block // width) * width if runs else block, past_cache)
     return Plan("along", 4, n, past_cache)

@@ -160,6 +160,12 @@ def test_limits_are_frozen():
         _plan.LIMITS.block_bytes = 1
 
 
+@pytest.mark.parametrize(("outer", "n", "inner"), [(1, 2000, 64), (3, 30_000, 1)])
+def test_few_lanes_are_cut_where_threads_share_them(outer, n, inner):
+    assert _plan.plan("softmax", outer, n, inner, 4, 4).blocks(n) > 1
+    assert _plan.plan("softmax", outer, n, inner, 4, 4, alone=True).blocks(n) == 1
+
+
 SIZES = (1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 64, 100, 1000, 4097, 70_000, 10**7, 10**9)
 
 
