@@ -994,7 +994,8 @@ class SumForLogSumExp(SumForPairs):
             k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)),
         ):
             value = _scalars.logsumexp_of_all(o, m.get(), s.get(), c.get())
-            again.set(o.where(o.larger(abs(m.get()), abs(value)) < near, one, zero))
+            # NaN too: without a shift, a maximum of inf makes one.
+            again.set(o.where(o.larger(abs(m.get()), abs(value)) > near, zero, one))
             s.set(value)
 
     def sum_again(self, flags: list[Vector]) -> None:

@@ -401,14 +401,14 @@ def logsumexp(o: Operations, m: Value, s: Value, c: Value) -> Value:
     return o.where(infinite, m, total + (rest + low))
 
 
-# Below it, in result and maximum, logsumexp wants more than `logsumexp_of_all` gives.
+# Up to it, in result and maximum, logsumexp wants more than `logsumexp_of_all` gives.
 NEAR_ZERO = 1.0
 
 
 def logsumexp_of_all(o: Operations, m: Value, s: Value, c: Value) -> Value:
     """The lane's logsumexp from the sum of all its terms, the largest too.
 
-    Half the work of `logsumexp`; but below `NEAR_ZERO` the sum hides what its logarithm shows.
+    Half the work of `logsumexp`; but up to `NEAR_ZERO` the sum hides what its logarithm shows.
     """
     real, by = o.real, scale(o, m)
     _, c = exp_two_parts(o, by.near, by, c)  # what was rounded off the largest term is not lost
