@@ -459,17 +459,17 @@ class Kernel:
         with self.o.loop(self.int(0), common, self.stride) as j:
             first.prefetch(j, self.panel)
             last.prefetch_out(j)
-            # All loads before all stores: a load waits for a store before it whose place in a page
-            # it overlaps in part, as x and out often do. And the last stage reads the scratch that
-            # the stage before it fills.
-            masks = [[self.run_mask(stage, j, u) for u in range(self.panel)] for stage in stages]
-            read = [
-                [stage.read(j, u, mask) for u, mask in enumerate(of_stage)]
-                for stage, of_stage in zip(stages, masks, strict=True)
-            ]
-            for stage, values, of_stage in reversed(list(zip(stages, read, masks, strict=True))):
-                for u, value in enumerate(values):
-                    stage.step(j, u, of_stage[u], value)
+            # The last stage reads the scratch that the stage before it fills. Along, there is a
+            # second reason to load before anything is stored: a load waits for a store before it
+            # whose place in a page it overlaps in part, as rows of x and out often do.
+            steps = [(stage, u) for stage in reversed(stages) for u in range(self.panel)]
+            groups = [steps] if self.along else [[step] for step in steps]
+            for group in groups:
+                masks = [self.run_mask(stage, j, u) for stage, u in group]
+                masked = list(zip(group, masks, strict=True))
+                values = [stage.read(j, u, mask) for (stage, u), mask in masked]
+                for ((stage, u), mask), value in zip(masked, values, strict=True):
+                    stage.step(j, u, mask, value)
         # Along, what is left is taken by single vectors.
         step, vectors = (self.o.width, 1) if self.along else (1, self.panel)
         for stage in reversed(stages):

@@ -36,8 +36,9 @@ CLOSELY_NS = 70_000
 # Helpers are woken to listen for such calls no more often than this, and half as often each time
 # that they were not heard: where all cores are busy, waking them costs more than they help.
 WAKE_AGAIN_NS = 1_000_000
-# Where a helper seemed to listen and had no core, nobody listens for so long.
-ALONE_NS = 100_000_000
+# Short calls run alone for so long after a helper that seemed to listen had no core, and after one
+# that began had to be waited for.
+ALONE_NS = {_handover.UNHEARD: 1_000_000, _handover.LATE: 100_000_000}
 
 
 class Job:
@@ -64,7 +65,7 @@ class Job:
 
 _last_short = (0, 0)  # the last short call's thread, and when it ended
 _woken, _wake_again = 0, WAKE_AGAIN_NS  # when helpers were last woken to listen, and may be again
-_alone = -ALONE_NS  # when one last had no core
+_alone_until = 0
 
 
 def _forget() -> None:
@@ -172,7 +173,7 @@ def heard(threads: int) -> bool:
     """
     global _woken, _wake_again
     now = time.perf_counter_ns()
-    if now - _alone < ALONE_NS:
+    if now < _alone_until:
         return False
     if _listening(_hired(threads)):
         _wake_again = WAKE_AGAIN_NS
@@ -180,7 +181,7 @@ def heard(threads: int) -> bool:
     thread, ended = _last_short
     closely = thread == threading.get_ident() and now - ended < CLOSELY_NS
     if closely and now - _woken > _wake_again:
-        _woken, _wake_again = now, min(2 * _wake_again, ALONE_NS)
+        _woken, _wake_again = now, min(2 * _wake_again, ALONE_NS[_handover.LATE])
         _hire(threads - 1)
         for _ in range(min(_helpers, threads - 1)):
             _jobs.put([_nothing])
@@ -211,10 +212,10 @@ def _nothing() -> None:
 
 def _lend(boxes: Any, loan: tuple[Any, ...]) -> bool:
     """Run the loan here and in the boxes whose helpers listen; whether it is all done."""
-    global _alone
+    global _alone_until
     said = _handover.lend()(boxes, len(boxes), *loan)
     if said != _handover.TOGETHER:
-        _alone = time.perf_counter_ns()
+        _alone_until = time.perf_counter_ns() + ALONE_NS[said]
     return bool(said != _handover.LATE)
 
 

@@ -134,7 +134,7 @@ def pool(monkeypatch):
         "_last_short": (0, 0),
         "_woken": 0,
         "_wake_again": _pool.WAKE_AGAIN_NS,
-        "_alone": -_pool.ALONE_NS,
+        "_alone_until": 0,
     }.items():
         monkeypatch.setattr(_pool, name, value)
     clock = iter(())
@@ -192,7 +192,7 @@ def test_short_calls_run_alone_after_a_helper_had_no_core(pool, call):
     kernel, x, out = call
     expected = Backend.NUMPY("softmax", x, 1)
     boxes[0, STATE] = _handover.LISTENING
-    at(10**9, 10**9 + 1, 10**9 + 2, 10**9 + 1 + _pool.ALONE_NS)
+    at(10**9, 10**9 + 1, 10**9 + 2, 10**9 + 1 + _pool.ALONE_NS[_handover.UNHEARD])
     assert _pool.heard(2)
     kernel(x, out, None, 2)
     assert boxes[0, STATE] == _handover.LISTENING
