@@ -68,9 +68,10 @@ ELEMENTS = (
 )
 # What a thread may lay aside for want of registers: in what it usually does (5 registers are
 # the most, of 1,024 threads with 32 numbers each of bfloat16 log_softmax), and anywhere, for there
-# are long ways that are hardly ever taken (a second sum, maxima that are huge).
+# are long ways that are hardly ever taken (a second sum, maxima that are huge; most where they
+# begin with 32 numbers of each thread held).
 USUALLY_LOCAL = 10  # loads and stores
-SPILLED = 64  # bytes
+SPILLED = 80  # bytes
 DOUBLE = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)|F2F\.F64|MUFU\.\w+64H")
 
 

@@ -197,9 +197,8 @@ template <class R> BOTH Two<R> without_one(R m, Two<R> sum) {
     return without_terms(m, sum.high) ? Two<R>{0, 0} : rest;
 }
 
-template <class R> BOTH bool is_small(Op op, R m, R s, int additions) {
+template <class R> BOTH bool is_small(R m, R s, int additions) {
     R least = additions * additions * Constants<R>::unit;
-    if (op == LOGSUMEXP) least = magnitude(m) < 1 ? larger((R)1.75, least) : 0;
     return !without_terms(m, s) && !(s > least * largest(m).high);
 }
 
@@ -208,6 +207,33 @@ template <class R> BOTH Two<R> reciprocal(R m, Two<R> sum) {
     R high = 1 / total.high;
     R low = high * (fused(-high, total.high, (R)1) - high * total.low);
     return {infinite(m) ? (R)NAN : high, low};
+}
+
+template <class R> BOTH Two<R> log_parts(R k, R f, R rest, R& tail) {
+    using C = Constants<R>;
+    R half_square = (R)0.5 * f * f, z = f / (2 + f), square = z * z;
+    tail = C::log(C::logs - 1);
+    UNROLLED (int i = C::logs - 2; i >= 0; i--) tail = fused(tail, square, C::log(i));
+    tail = z * fused(square, tail, half_square) + fused(k, C::ln2_rest, rest);
+    tail = tail - half_square;
+    return two_sum(k * C::ln2_short, f);
+}
+
+template <class R> BOTH R logsumexp_of_all(R m, Two<R> sum) {
+    using C = Constants<R>;
+    using Bits = typename C::Bits;
+    Scale<R> by(m);
+    R low = by.exp_two_parts(by.near, sum.low).low;
+    R total = sum.high + low;
+    low = low - (total - sum.high);
+    Bits bits = bits_as<Bits>(total), whole = (bits - C::half_root) >> C::mantissa;
+    R power = (R)whole, f = bits_as<R>(bits - (whole << C::mantissa)) - 1;
+    R inverse = fused(f, f - 1, (R)1);
+    R rest = low * power_of_two((C::round + C::one_exponent) - power) * inverse;
+    R k = ((C::round + C::one_exponent) - by.magic) + power, tail;
+    Two<R> log = log_parts(k, f, rest, tail);
+    log.low = log.low + fused(k, C::ln2_short, -(k * C::ln2_short));
+    return without_terms(m, sum.high) ? m : by.shift + (log.high + (log.low + tail));
 }
 
 template <class R> BOTH Two<R> log_sum(R m, Two<R> sum) {
@@ -226,11 +252,8 @@ template <class R> BOTH Two<R> log_sum(R m, Two<R> sum) {
     R rest = (u.low + y_low) * power_of_two((C::round + C::one_exponent) - k);
     rest = near ? y_low : rest;
     // _log
-    R half_square = (R)0.5 * f * f, z = f / (2 + f), square = z * z;
-    R tail = C::log(C::logs - 1);
-    UNROLLED (int i = C::logs - 2; i >= 0; i--) tail = fused(tail, square, C::log(i));
-    tail = z * fused(square, tail, half_square) + fused(k, C::ln2_rest, rest / (1 + f));
-    Two<R> log = two_sum(k * C::ln2_short, f), all = two_sum(log.high, tail - half_square);
+    R tail;
+    Two<R> log = log_parts(k, f, rest / (1 + f), tail), all = two_sum(log.high, tail);
     return {m == (R)INFINITY ? (R)NAN : all.high, log.low + all.low};
 }
 
@@ -493,12 +516,20 @@ BOTH void whole(int thread, unsigned block, const char* x, char* out, int64_t ou
             UNROLLED (R& term : t.values[i]) term = fused(term, inverse.high, term * inverse.low);
         }
     } else {
-        // The logarithms want the sum of all terms but one largest, to its last bit.
+        // log_softmax wants the sum of all terms but one largest, to its last bit; logsumexp does
+        // where it is near 0.
         constexpr int additions = T::each + bit_length(T::deep);
         bool small[lanes], any = false;
+        R result[lanes];
         UNROLLED (int i = 0; i < lanes; i++) {
-            total[i] = without_one(m[i], total[i]);
-            any |= small[i] = is_small(op, m[i], total[i].high, additions);
+            if constexpr (op == LOGSUMEXP) {
+                result[i] = logsumexp_of_all(m[i], total[i]);
+                small[i] = !(larger(magnitude(m[i]), magnitude(result[i])) > 1);
+            } else {
+                total[i] = without_one(m[i], total[i]);
+                small[i] = is_small(m[i], total[i].high, additions);
+            }
+            any |= small[i];
         }
         if (G::anywhere(any)) {
             R pairs[3 * lanes];
@@ -510,14 +541,15 @@ BOTH void whole(int thread, unsigned block, const char* x, char* out, int64_t ou
             }
             G::reduce(thread, pairs, Add<1>());
             UNROLLED (int i = 0; i < lanes; i++)
-                if (small[i])
+                if (small[i]) {
                     total[i] = with_equals<R>(m[i], pairs[3 * i],
                                               {pairs[3 * i + 1], pairs[3 * i + 2]});
+                    if constexpr (op == LOGSUMEXP) result[i] = logsumexp(m[i], total[i]);
+                }
         }
         UNROLLED (int i = 0; i < lanes; i++) {
             if constexpr (op == LOGSUMEXP) {
-                R result = logsumexp(m[i], total[i]);
-                if (t.live && t.behind == 0) T::store_one(place + i * size, result);
+                if (t.live && t.behind == 0) T::store_one(place + i * size, result[i]);
             } else {
                 R log = log_sum(m[i], total[i]).high;
                 UNROLLED (R& value : t.values[i]) value = (value - m[i]) - log;

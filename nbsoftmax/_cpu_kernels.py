@@ -985,9 +985,8 @@ class SumForLogSumExp(SumForPairs):
 
     def judge(self, hidden: Vector) -> None:
         o, k = self.o, self.k
-        one, zero, near = o.const(1.0), o.const(0.0), o.const(_scalars.NEAR_ZERO)
         for again in self.again:
-            again.set(one)
+            again.set(o.const(1.0))
         many = k.b.icmp_signed(">", self.range.end, k.int(self.FEW))
         with (
             k.b.if_then(many),
@@ -995,7 +994,7 @@ class SumForLogSumExp(SumForPairs):
         ):
             value = _scalars.logsumexp_of_all(o, m.get(), s.get(), c.get())
             # NaN too: without a shift, a maximum of inf makes one.
-            again.set(o.where(o.larger(abs(m.get()), abs(value)) > near, zero, one))
+            again.set(_scalars.is_near_zero(o, m.get(), value))
             s.set(value)
 
     def sum_again(self, flags: list[Vector]) -> None:

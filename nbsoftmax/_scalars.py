@@ -12,7 +12,8 @@ Two ideas carry the accuracy:
   ``x * log2(e)`` has no fraction bits left), so ``x - m`` is not rounded.  The bias keeps small
   terms normal numbers: a result underflows once, gradually, in the last multiplication.
 * The largest terms are counted, not summed, and the logarithm is taken of ``1 + rest``: so a lane
-  dominated by one element keeps its small part.  (softmax needs the whole sum, which is cheaper.)
+  dominated by one element keeps its small part.  (softmax needs the whole sum, which is cheaper;
+  so does logsumexp, unless it is near 0.)
 
 Every function takes ``o``, the operations of one machine: LLVM's (``_llvm.Arithmetic``) or NumPy's
 (``_plain.Operations``).  A value knows ``+ - * /`` and comparisons; ``o`` has the rest.
@@ -308,15 +309,6 @@ def rounded_terms(o: Operations, m: Value) -> Value:
     return o.where(abs(m) < o.const(1.0), o.const(1.75), o.const(0.0))
 
 
-def least_for_logsumexp(o: Operations, m: Value, hidden: Value) -> Value:
-    """The rest that will do where the largest term hides what is below ``hidden``.
-
-    Beside a large maximum any: the result hides the same bits again.
-    """
-    rounded = rounded_terms(o, m)
-    return o.where(rounded > o.const(0.0), o.larger(rounded, hidden), rounded)
-
-
 def whole(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
     """The sum of all terms from that of all but one largest."""
     return add(largest(o, m)[0], c, s)
@@ -401,8 +393,7 @@ def logsumexp(o: Operations, m: Value, s: Value, c: Value) -> Value:
     return o.where(infinite, m, total + (rest + low))
 
 
-# Up to it, in result and maximum, logsumexp wants more than `logsumexp_of_all` gives.
-NEAR_ZERO = 1.0
+NEAR_ZERO = 1.0  # for results beside maxima no larger
 
 
 def logsumexp_of_all(o: Operations, m: Value, s: Value, c: Value) -> Value:
@@ -424,6 +415,12 @@ def logsumexp_of_all(o: Operations, m: Value, s: Value, c: Value) -> Value:
     product = k * o.const(real.ln2_short)  # is rounded where the maximum is large
     low = low + o.fma(k, o.const(real.ln2_short), o.const(0.0) - product)
     return o.where(_without_terms(o, m, s), m, by.shift + (high + (low + tail)))
+
+
+def is_near_zero(o: Operations, m: Value, value: Value) -> Value:
+    """1 where `logsumexp_of_all` does not do, or is NaN, else 0."""
+    far = o.larger(abs(m), abs(value)) > o.const(NEAR_ZERO)
+    return o.where(far, o.const(0.0), o.const(1.0))
 
 
 def log_weighted(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:

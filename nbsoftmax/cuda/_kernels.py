@@ -44,8 +44,10 @@ class Functions:
         self.load = function(self._load, held)
         self.store = function(self._store)
         self.softmax = function(self._softmax, held)
-        self.sums = function(self._sums, 4 * lanes)
-        self.careful_sums = function(self._careful_sums, 4 * lanes)
+        # The logarithms' maximum, sum in two parts or result, and whether it is good enough.
+        self.known = 3 if reduces else 4
+        self.sums = function(self._sums, self.known * lanes)
+        self.careful_sums = function(self._careful_sums, self.known * lanes)
         self.anywhere = function(self._anywhere, 1)
         self.logarithms = function(self._logarithms, lanes if reduces else held)
         self.no_pairs = function(self._no_pairs, pairs)
@@ -125,8 +127,8 @@ class Functions:
             made.append([_scalars.softmax(o, term, *inverse) for term in lane])
         return self.job.together(made)
 
-    # The logarithms want the sum of all terms but one largest, to its last bit: m, s and c of each
-    # lane, and whether they are not good enough.
+    # log_softmax wants the sum of all terms but one largest, to its last bit: m, s and c of each
+    # lane, and whether they are not good enough. logsumexp, m, itself and the same.
 
     def _sums(self, o: Any, values: Values) -> Values:
         """From the sum of all terms."""
@@ -135,13 +137,16 @@ class Functions:
         found: Values = []
         maxima, _, totals = self._totals(o, values, False)
         for m, sums in zip(maxima, totals, strict=True):
-            found += [m, *_lanes.rest(o, job.op, m, sums, additions)]
+            if job.op == LOGSUMEXP:
+                found += [m, *_lanes.logsumexp(o, m, sums)]
+            else:
+                found += [m, *_lanes.rest(o, m, sums, additions)]
         return found
 
     def _careful_sums(self, o: Any, values: Values, sums: Values) -> Values:
         """With the largest terms counted instead, for lanes that want it."""
         job = self.job
-        known = _lanes.each_pair(sums, 4)
+        known = _lanes.each_pair(sums, self.known)
         pairs: Values = []
         # This is rare. What it has in common with the first sum is computed again: kept until here,
         # it would take twice the registers.
@@ -149,27 +154,32 @@ class Functions:
         for lane, (m, *_) in zip(job.split(values), known, strict=True):
             pairs += _lanes.push(o, _lanes.empty(o, job.parts), lane, o.opaque(m))
         found: Values = []
-        for (m, s, c, small), pair in zip(
+        for (m, *quick, small), pair in zip(
             known,
             _lanes.each_pair(_lanes.reduced(o, job.group, job.parts, pairs), job.parts),
             strict=True,
         ):
-            better = _scalars.with_equals(o, *pair)
+            better = list(_scalars.with_equals(o, *pair))
+            if job.op == LOGSUMEXP:
+                better = _lanes.finish_rest(o, job.op, m, *better)
             again = small > o.const(0.0)
-            found += [m, o.where(again, better[0], s), o.where(again, better[1], c), small]
+            chosen = [o.where(again, a, b) for a, b in zip(better, quick, strict=True)]
+            found += [m, *chosen, small]
         return found
 
     def _anywhere(self, o: Any, sums: Values) -> Values:
         """1 if any lane of the threads that sum together wants careful sums."""
-        wanted = functools.reduce(o.larger, sums[3::4])
+        wanted = functools.reduce(o.larger, sums[self.known - 1 :: self.known])
         return [o.anywhere(wanted, self.job.group)]
 
     def _logarithms(self, o: Any, values: Values, sums: Values) -> Values:
         job, made = self.job, []
-        for lane, (m, s, c, _) in zip(job.split(values), _lanes.each_pair(sums, 4), strict=True):
-            needs = _lanes.finish_rest(o, job.op, m, s, c)
-            made.append(needs if job.op == LOGSUMEXP else _lanes.answers(o, job.op, lane, needs))
-        return [v for lane in made for v in lane] if job.op == LOGSUMEXP else job.together(made)
+        known = _lanes.each_pair(sums, self.known)
+        if job.op == LOGSUMEXP:
+            return [value for _, value, _ in known]
+        for lane, (m, s, c, _) in zip(job.split(values), known, strict=True):
+            made.append(_lanes.answers(o, job.op, lane, _lanes.finish_rest(o, job.op, m, s, c)))
+        return job.together(made)
 
     # Tiles of lanes that are longer.
 

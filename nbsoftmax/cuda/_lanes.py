@@ -61,13 +61,18 @@ def add_totals(o: Any, p: Values, q: Values) -> Values:
     return joined
 
 
-def rest(o: Any, op: str, m: Any, total: Values, additions: int) -> Values:
+def rest(o: Any, m: Any, total: Values, additions: int) -> Values:
     """The sum of all terms but one largest from that of all, and 1 where it is not good enough."""
     s, c = _scalars.without_one(o, m, *total)
     # As on the CPU: so many additions each left up to two roundings of the largest term in c.
     hidden = o.const(additions**2 * 2.0**-o.real.mantissa)
-    least = _scalars.least_for_logsumexp(o, m, hidden) if op == LOGSUMEXP else hidden
-    return [s, c, _scalars.is_small(o, m, s, least)]
+    return [s, c, _scalars.is_small(o, m, s, hidden)]
+
+
+def logsumexp(o: Any, m: Any, total: Values) -> Values:
+    """Logsumexp from the sum of all terms, and 1 where that is not good enough."""
+    value = _scalars.logsumexp_of_all(o, m, *total)
+    return [value, _scalars.is_near_zero(o, m, value)]
 
 
 def push(o: Any, pair: Values, values: Values, m: Any, weights: Values | None = None) -> Values:
