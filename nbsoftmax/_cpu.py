@@ -14,7 +14,12 @@ from . import _cpu_kernels as kernels
 from . import _formats, _handover, _memory, _plain, _plan, _pool, _scalars, _semantics
 from ._semantics import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX, Array
 
-# What applies the merged pairs of lanes that were cut into blocks.
+# What makes the pairs of lanes that are cut into blocks, and what applies them when merged.
+_FIRST = {
+    SOFTMAX: kernels.PAIRS_SOFTMAX,
+    LOG_SOFTMAX: kernels.PAIRS,
+    LOGSUMEXP: kernels.PAIRS_LOGSUMEXP,
+}
 _LAST = {
     SOFTMAX: kernels.APPLY_SOFTMAX,
     LOG_SOFTMAX: kernels.APPLY_LOG_SOFTMAX,
@@ -279,7 +284,7 @@ def _launch(
         merge_bytes = 8 * blocks * _plan.VECTOR_BYTES  # as much work as so much softmax
         pairs = ((3, outer, blocks, inner),)
         calls = [
-            walk(kernels.PAIRS, _formats.FORMATS[real.name], {"out_plane": lanes * blocks * size}),
+            walk(_FIRST[op], _formats.FORMATS[real.name], {"out_plane": lanes * blocks * size}),
             _call(merge, (outer, blocks, inner), blocks, merge_bytes, work_bytes, merge_steps),
         ]
         if last:

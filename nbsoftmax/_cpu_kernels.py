@@ -52,7 +52,9 @@ def _half_in_hardware() -> bool:
 
 HALF_IN_HARDWARE = _half_in_hardware()
 
-PAIRS, MERGE, MERGE_LOGSUMEXP = "pairs", "merge", "merge_logsumexp"
+# Pairs of blocks; those that log_softmax wants are good for all.
+PAIRS, PAIRS_SOFTMAX, PAIRS_LOGSUMEXP = "pairs", "pairs_softmax", "pairs_logsumexp"
+MERGE, MERGE_LOGSUMEXP = "merge", "merge_logsumexp"
 APPLY_SOFTMAX, APPLY_LOG_SOFTMAX = "apply_softmax", "apply_log_softmax"
 COPY, READ = "copy", "read"  # yardsticks: the same walk without the mathematics
 
@@ -603,7 +605,7 @@ class Kernel:
     @property
     def writes_lanes(self) -> bool:
         """Whether the result is one number a lane."""
-        return self.job.op in (LOGSUMEXP, PAIRS, MERGE, MERGE_LOGSUMEXP, READ)
+        return issubclass(STAGES[self.job.op][-1], Sum | Maximum)
 
     def _malloc(self, size: ir.Value) -> ir.Value:
         kind = ir.FunctionType(I8.as_pointer(), [I64])
@@ -977,6 +979,21 @@ class SumForPairs(SumOfOthers):
         self.write(u, (m.get(), s.get(), c.get()))
 
 
+class SumForPairsOfSoftmax(SumForPairs):
+    """The same, for who wants no more than the whole sum."""
+
+    def least(self, m: Vector, hidden: Vector) -> Vector:
+        return self.o.const(-1.0)
+
+
+class SumForPairsOfLogSumExp(SumForPairs):
+    """The same, for who wants more only beside maxima near 0."""
+
+    def least(self, m: Vector, hidden: Vector) -> Vector:
+        o, strict = self.o, super().least(m, hidden)
+        return o.where(abs(m) < o.const(_scalars.NEAR_ZERO), strict, o.const(-1.0))
+
+
 class SumForLogSumExp(SumForPairs):
     """Writes logsumexp of the lane: from the sum of all terms, unless it is near 0."""
 
@@ -1311,6 +1328,8 @@ STAGES: dict[str, tuple[type[Stage], ...]] = {
     LOG_SOFTMAX: (Maximum, SumForLogSoftmax, Subtract),
     LOGSUMEXP: (Maximum, SumForLogSumExp),
     PAIRS: (Maximum, SumForPairs),
+    PAIRS_SOFTMAX: (Maximum, SumForPairsOfSoftmax),
+    PAIRS_LOGSUMEXP: (Maximum, SumForPairsOfLogSumExp),
     MERGE: (Merge,),
     MERGE_LOGSUMEXP: (MergeLogSumExp,),
     APPLY_SOFTMAX: (ApplySoftmax,),

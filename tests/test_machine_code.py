@@ -47,7 +47,7 @@ def jobs():
         for dtype in ("float16", "bfloat16"):
             yield kernels.Job(op, dtype, dtype, "along")
     for dtype in ("float32", "float64"):
-        for op in (kernels.PAIRS, kernels.APPLY_SOFTMAX):
+        for op in (kernels.PAIRS, kernels.PAIRS_LOGSUMEXP, kernels.APPLY_SOFTMAX):
             yield kernels.Job(op, dtype, dtype, "along")
             yield kernels.Job(op, dtype, dtype, "across")
             yield kernels.Job(op, dtype, dtype, "along", runs=True)
