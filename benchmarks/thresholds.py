@@ -148,6 +148,10 @@ EXPERIMENTS: dict[str, Border | Size] = {
         _doubling(2 * MIB, 64 * MIB),
         lambda size: ((size // 4096, 1024), -1, "float32"),
     ),
+    "short_past_cache_bytes": Border(
+        _doubling(MIB, 32 * MIB),
+        lambda size: ((size // 256, 64), -1, "float32"),
+    ),
     "next_item_bytes": Border(
         _doubling(4 * KIB, 256 * KIB),
         lambda size: ((16 * MIB // size, size // 64, 16), 1, "float32"),

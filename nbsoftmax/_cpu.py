@@ -138,8 +138,8 @@ class Launch:
     def new(self, x: Array) -> Any:
         """The result as the caller sees it; a full reduction is a scalar."""
         if self.aligned:
-            most = _plan.LIMITS.kept_bytes
-            out = _memory.empty(self.shape, self.result, _plan.VECTOR_BYTES, most)
+            kept = _plan.LIMITS.past_cache_bytes, _plan.LIMITS.kept_bytes
+            out = _memory.empty(self.shape, self.result, _plan.VECTOR_BYTES, kept)
         else:
             out = np.empty(self.shape, self.result)
         self.into(x, out)
@@ -401,7 +401,7 @@ def _apart(out: Array, x: Array) -> bool:
 
 def _place(out: Array) -> int:
     """Where out starts within a vector; asked only where it matters, for it takes 1 us."""
-    if out.nbytes <= _plan.LIMITS.past_cache_bytes:
+    if out.nbytes <= min(_plan.LIMITS.past_cache_bytes, _plan.LIMITS.short_past_cache_bytes):
         return 0
     return int(out.__array_interface__["data"][0] % _plan.VECTOR_BYTES)
 

@@ -46,14 +46,15 @@ class _Block:
             changing.release()
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype[Any], align: int, most: int) -> Array:
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any], align: int, kept: tuple[int, int]) -> Array:
     """A new array whose memory begins at a multiple of ``align`` bytes.
 
-    Of what such arrays leave, up to ``most`` bytes are kept.
+    What arrays of more bytes than the first of ``kept`` leave is kept, up to the second in all.
     """
+    least, most = kept
     size = math.prod(shape) * dtype.itemsize
     whole = -(-size // PAGE_BYTES) * PAGE_BYTES
-    if KEEPS and whole <= most:
+    if KEEPS and least < size and whole <= most:
         with contextlib.suppress(OSError):  # NumPy says better what is missing
             block = np.asarray(_Block(_found(whole) or _mapped(whole), most))
             return block[:size].view(dtype).reshape(shape)

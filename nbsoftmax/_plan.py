@@ -59,6 +59,8 @@ class Limits:
     chunk_items: int = 16
     # Outputs larger than this (half of the last-level cache) are stored past the cache.
     past_cache_bytes: int = 16 * 1024 * 1024
+    # Short rows sooner: they are written 16 at a time, and each of their lines would be waited for.
+    short_past_cache_bytes: int = 6 * 1024 * 1024
     # What large results leave is kept for the next ones, up to so much.
     kept_bytes: int = 256 * 1024 * 1024
     # Items up to this long are fetched while the item before them is worked on: so nothing is
@@ -168,7 +170,7 @@ def plan(
             return Plan("across", panel, max(8, limits.panel_block_bytes // row), past_cache)
         return Plan("across", panel, n, past_cache)
     if n <= short and outer >= width // 2 and not runs:
-        return Plan("short", 1, n, past_cache)
+        return Plan("short", 1, n, writes > limits.short_past_cache_bytes)
     if 4 * n <= short and runs:  # and more to copying such rows and turning them
         return Plan("packed")
     if lane > (limits.few_lanes_bytes if outer < limits.few_lanes and not alone else whole):

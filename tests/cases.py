@@ -302,10 +302,10 @@ REGIMES: dict[str, dict[str, int]] = {
     },
     "blocks": _CUT,
     "in_pieces": _IN_PIECES,
-    "past_cache": {"past_cache_bytes": 0},
+    "past_cache": {"past_cache_bytes": 0, "short_past_cache_bytes": 0},
     "packed": {"narrow_elements": _NEVER, "packed_bytes": 300},
     "blocks_in_pieces_past_cache": {**_CUT, **_IN_PIECES, "past_cache_bytes": 0,
-                                    "narrow_elements": 0},
+                                    "short_past_cache_bytes": 0, "narrow_elements": 0},
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from nbsoftmax import _memory, _plan
 
 from .oracle import assert_right
 
-MOST = 8 * _memory.PAGE_BYTES
+LEAST, MOST = _memory.PAGE_BYTES, 8 * _memory.PAGE_BYTES
 keeps = pytest.mark.skipif(not _memory.KEEPS, reason="this system cannot keep memory")
 
 
@@ -27,7 +27,7 @@ def nothing_kept():
 
 
 def new(pages=2, most=MOST):
-    return _memory.empty((pages, _memory.PAGE_BYTES // 4), np.dtype(np.float32), 64, most)
+    return _memory.empty((pages, _memory.PAGE_BYTES // 4), np.dtype(np.float32), 64, (LEAST, most))
 
 
 def place(array):
@@ -65,8 +65,8 @@ def test_no_more_is_kept_than_allowed():
     del arrays
     assert sum(map(len, _memory._kept)) == MOST
     kept = list(_memory._kept)
-    too_large = new(pages=9)
-    del too_large
+    too_large, too_small = new(pages=9), new(pages=1)
+    del too_large, too_small
     assert _memory._kept == kept
 
 
@@ -107,7 +107,7 @@ def test_without_kept_memory_numpy_gives_some(failing, monkeypatch):
     assert place(array) % 64 == 0
     assert array.shape == (2, _memory.PAGE_BYTES // 4)
     with pytest.raises(MemoryError, match="Unable to allocate"):
-        _memory.empty((2**20, 2**30), np.dtype(np.float64), 64, 2**60)
+        _memory.empty((2**20, 2**30), np.dtype(np.float64), 64, (0, 2**60))
 
 
 def test_a_collection_while_the_list_changes_waits_for_nobody():

@@ -159,7 +159,7 @@ def test_short_rows_fill_shared_lines_and_nothing_else(rows, n, dtype, offset, b
             {"serial_bytes": 0, "wake_bytes": 0, "chunk_bytes": 1, "chunk_items": 1},
         ):
             around[...] = 7
-            with _plan.using(past_cache_bytes=0, **changes):
+            with _plan.using(past_cache_bytes=0, short_past_cache_bytes=0, **changes):
                 backend(op, x, 1, out=out)
             assert out.tobytes() == expected.tobytes()
             assert (around[:offset] == 7).all()
