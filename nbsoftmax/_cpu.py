@@ -45,10 +45,13 @@ class Call:
 
     def __call__(self, x: Array, out: Array, pairs: Array | None, threads: int) -> None:
         together = threads > 1 and self.parallel
-        if together and (self.wakes or _pool.heard(threads)):
-            _pool.share(_Running(self, x, out, pairs, threads), threads)
-        else:
+        who = _pool.NOBODY
+        if together:
+            who = _pool.ALL if self.wakes else _pool.who_shares(threads)
+        if who == _pool.NOBODY:
             self.kernel(x, out, pairs, self.parameters, None)
+        else:
+            _pool.share(_Running(self, x, out, pairs, threads, who == _pool.ALL), threads)
         if together and not self.wakes:
             _pool.short_ended()
 
@@ -58,8 +61,10 @@ class _Running(_pool.Job):
 
     __slots__ = ("call", "loan", "wakes")
 
-    def __init__(self, call: Call, x: Array, out: Array, pairs: Array | None, threads: int) -> None:
-        self.call, self.wakes = call, call.wakes
+    def __init__(
+        self, call: Call, x: Array, out: Array, pairs: Array | None, threads: int, wakes: bool
+    ) -> None:
+        self.call, self.wakes = call, wakes
         ticket = _handover.ticket(threads)
         self.loan = (call.machine_code, x, out, pairs, call.parameters, ticket)
 

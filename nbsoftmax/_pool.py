@@ -6,7 +6,7 @@ so nothing can hang; a forked child starts with no helpers and hires its own.
 
 A helper waits in two ways: for some microseconds it listens for kernel calls (`_handover`), then it
 sleeps until a job is put into the queue.  Calls that are shorter than waking takes only ask those
-that listen; where such calls follow each other closely, helpers are woken to listen for the next.
+that listen; where such calls follow each other closely, one wakes helpers, who listen for the next.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ _boxes: Any = None  # one for each helper
 # Short calls of one thread with no more nanoseconds between them follow each other closely: about
 # as long as a helper listens.
 CLOSELY_NS = 70_000
-# Helpers are woken to listen for such calls no more often than this, and half as often each time
-# that they were not heard: where all cores are busy, waking them costs more than they help.
+# Such calls wake helpers no more often than this, and half as often each time that none listened
+# afterwards: where all cores are busy, waking them costs more than they help.
 WAKE_AGAIN_NS = 1_000_000
 # Short calls run alone for so long after a helper that seemed to listen had no core, and after one
 # that began had to be waited for.
@@ -47,7 +47,7 @@ class Job:
     # What a listening helper needs to run it without the interpreter: a kernel's address, its
     # arguments, the last of which is the ticket. Nothing if it needs the interpreter.
     loan: tuple[Any, ...] = ()
-    # Whether it takes longer than waking a thread, else `heard` says if it is worth sharing.
+    # Whether it is for helpers that sleep, too.
     wakes = True
 
     def work(self) -> None:
@@ -64,7 +64,7 @@ class Job:
 
 
 _last_short = (0, 0)  # the last short call's thread, and when it ended
-_woken, _wake_again = 0, WAKE_AGAIN_NS  # when helpers were last woken to listen, and may be again
+_woken, _wake_again = 0, WAKE_AGAIN_NS  # when they last woke helpers, and when they may again
 _alone_until = 0
 
 
@@ -166,26 +166,29 @@ def share(job: Job, threads: int) -> None:
         offer.clear()
 
 
-def heard(threads: int) -> bool:
-    """Whether to share a short job, one that ends before a sleeping helper has woken up.
+# Who shares a short job.
+NOBODY, LISTENERS, ALL = range(3)
 
-    If nobody listens, and such jobs follow each other closely, helpers are woken to hear the next.
+
+def who_shares(threads: int) -> int:
+    """Who is to share a short job, for which alone it is not worth waking anybody.
+
+    Those that listen. If nobody does, and such jobs follow each other closely, all helpers are
+    woken: they may come too late for this one, but will hear the next.
     """
     global _woken, _wake_again
     now = time.perf_counter_ns()
     if now < _alone_until:
-        return False
+        return NOBODY
     if _listening(_hired(threads)):
         _wake_again = WAKE_AGAIN_NS
-        return True
+        return LISTENERS
     thread, ended = _last_short
     closely = thread == threading.get_ident() and now - ended < CLOSELY_NS
-    if closely and now - _woken > _wake_again:
-        _woken, _wake_again = now, min(2 * _wake_again, ALONE_NS[_handover.LATE])
-        _hire(threads - 1)
-        for _ in range(min(_helpers, threads - 1)):
-            _jobs.put([_nothing])
-    return False
+    if not closely or now - _woken <= _wake_again:
+        return NOBODY
+    _woken, _wake_again = now, min(2 * _wake_again, ALONE_NS[_handover.LATE])
+    return ALL
 
 
 def short_ended() -> None:
@@ -204,10 +207,6 @@ def _listening(boxes: Any) -> int:
     if boxes is None:
         return 0
     return int(boxes[:, _handover.STATE].tolist().count(_handover.LISTENING))
-
-
-def _nothing() -> None:
-    """Work for who is only to wake up."""
 
 
 def _lend(boxes: Any, loan: tuple[Any, ...]) -> bool:

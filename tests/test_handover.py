@@ -11,6 +11,7 @@ from numba import config
 from nbsoftmax import _cpu, _handover, _plan, _pool
 
 from .conftest import Backend
+from .oracle import assert_right
 
 pytestmark = pytest.mark.skipif(config.DISABLE_JIT, reason="nothing is compiled to hand over")
 STATE, DONE = _handover.STATE, _handover.DONE
@@ -123,79 +124,73 @@ def test_helpers_of_the_pool_listen_after_work(call):
 
 @pytest.fixture
 def pool(monkeypatch):
-    """The pool as one that hires nobody and wakes nobody, with one box; jobs go to a list."""
+    """The pool with one box at which nobody listens yet, and a clock that is told the time."""
     boxes = _handover.boxes(1)
-    waked = []
-    for name, value in {
-        "_boxes": boxes,
-        "_helpers": 1,
-        "_hire": lambda count: None,
-        "_jobs": type("Jobs", (), {"put": staticmethod(waked.append)}),
-        "_last_short": (0, 0),
-        "_woken": 0,
-        "_wake_again": _pool.WAKE_AGAIN_NS,
-        "_alone_until": 0,
-    }.items():
-        monkeypatch.setattr(_pool, name, value)
     clock = iter(())
 
     def at(*times):
         nonlocal clock
         clock = iter(times)
 
+    for name, value in {
+        "_boxes": boxes,
+        "_helpers": 1,
+        "_last_short": (0, 0),
+        "_woken": 0,
+        "_wake_again": _pool.WAKE_AGAIN_NS,
+        "_alone_until": 0,
+    }.items():
+        monkeypatch.setattr(_pool, name, value)
     monkeypatch.setattr(_pool.time, "perf_counter_ns", lambda: next(clock))
-    return boxes, waked, at
+    return boxes, at
 
 
-def test_short_calls_are_shared_with_listeners_only(pool):
-    boxes, waked, at = pool
+def test_short_calls_are_shared_with_listeners(pool):
+    boxes, at = pool
     at(10**9, 2 * 10**9)
-    assert not _pool.heard(2)
+    assert _pool.who_shares(2) == _pool.NOBODY
     boxes[0, STATE] = _handover.LISTENING
-    assert _pool.heard(2)
-    assert not waked
+    assert _pool.who_shares(2) == _pool.LISTENERS
 
 
 def test_short_calls_in_a_loop_wake_helpers_and_ever_more_rarely_in_vain(pool):
-    _, waked, at = pool
+    _, at = pool
     step = _pool.CLOSELY_NS // 2
-    counts = []
     at(*range(10**9, 10**9 + 2000 * step, step))
+    shares = []
     for _ in range(1000):
-        assert not _pool.heard(2)
+        shares.append(_pool.who_shares(2))
         _pool.short_ended()
-        counts.append(len(waked))
-    assert counts[:2] == [0, 1]  # the second call follows closely
-    wakings = np.flatnonzero(np.diff(counts))
+    assert shares[:2] == [_pool.NOBODY, _pool.ALL]  # the second call follows closely
+    wakings = np.flatnonzero(np.equal(shares, _pool.ALL))
     assert len(wakings) > 3
     assert all(np.diff(np.diff(wakings)) > 0)
+    assert _pool.LISTENERS not in shares
 
 
 def test_short_calls_far_apart_or_of_other_threads_wake_nobody(pool):
-    _, waked, at = pool
+    _, at = pool
     at(*range(10**9, 2 * 10**9, _pool.CLOSELY_NS))
     for _ in range(10):
-        assert not _pool.heard(2)
+        assert _pool.who_shares(2) == _pool.NOBODY
         _pool.short_ended()
     at(*range(3 * 10**9, 4 * 10**9, 1000))
     for _ in range(10):
-        assert not _pool.heard(2)
+        assert _pool.who_shares(2) == _pool.NOBODY
         other = threading.Thread(target=_pool.short_ended)
         other.start()
         other.join()
-    assert not waked
 
 
 def test_short_calls_run_alone_after_a_helper_had_no_core(pool, call):
     """It seemed to listen, and did not take up what it was offered."""
-    boxes, _, at = pool
+    boxes, at = pool
     kernel, x, out = call
-    expected = Backend.NUMPY("softmax", x, 1)
     boxes[0, STATE] = _handover.LISTENING
     at(10**9, 10**9 + 1, 10**9 + 2, 10**9 + 1 + _pool.ALONE_NS[_handover.UNHEARD])
-    assert _pool.heard(2)
+    assert _pool.who_shares(2) == _pool.LISTENERS
     kernel(x, out, None, 2)
     assert boxes[0, STATE] == _handover.LISTENING
-    assert not _pool.heard(2)
-    assert _pool.heard(2)
-    np.testing.assert_array_equal(out, expected)
+    assert _pool.who_shares(2) == _pool.NOBODY
+    assert _pool.who_shares(2) == _pool.LISTENERS
+    assert_right("softmax", out, x, 1)
