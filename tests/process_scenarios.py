@@ -224,9 +224,12 @@ def interrupted():
     out = np.empty_like(x)
     interrupts = 0
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    start = time.perf_counter()
-    nbsoftmax.softmax(x, axis=-1, out=out)
-    usual = time.perf_counter() - start
+    seconds = []
+    for _ in range(20):  # the first ones find helpers asleep, and take several times as long
+        start = time.perf_counter()
+        nbsoftmax.softmax(x, axis=-1, out=out)
+        seconds.append(time.perf_counter() - start)
+    usual = min(seconds)
     for _ in range(200):
         try:
             signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 1.2 * usual))

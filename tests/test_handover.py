@@ -3,6 +3,7 @@
 import ctypes
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,7 +142,8 @@ def pool(monkeypatch):
         "_alone_until": 0,
     }.items():
         monkeypatch.setattr(_pool, name, value)
-    monkeypatch.setattr(_pool.time, "perf_counter_ns", lambda: next(clock))
+    told = SimpleNamespace(perf_counter_ns=lambda: next(clock), sleep=time.sleep)
+    monkeypatch.setattr(_pool, "time", told)  # the pool's alone
     return boxes, at
 
 
