@@ -167,14 +167,13 @@ class Launch:
         if self.small is not None:
             self.small(x, out, None, self.calls[0].parameters, None)
             return
-        threads = _pool.thread_count() if self.parallel else 1
-        if self.pairs:
-            self.with_threads(x, out, threads)
-        else:
-            self.calls[0](x, out, None, threads)
+        self.with_threads(x, out, _pool.thread_count() if self.parallel else 1)
 
     def with_threads(self, x: Array, out: Array, threads: int) -> None:
         """`into` with a number of threads."""
+        if not self.pairs:
+            self.calls[0](x, out, None, threads)
+            return
         made = [np.empty(shape, self.compute) for shape in self.pairs]
         sources = [x, *made[:1], x]
         for call, source, target, pairs in zip(

@@ -15,7 +15,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-PAGE_BYTES = 2 * 1024 * 1024  # a huge page: sizes are whole ones
+HUGE_PAGE_BYTES = 2 * 1024 * 1024  # sizes are whole ones
 FREE = getattr(mmap, "MADV_FREE", None)
 KEEPS = FREE is not None
 
@@ -53,7 +53,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any], align: int, kept: tuple[
     """
     least, most = kept
     size = math.prod(shape) * dtype.itemsize
-    whole = -(-size // PAGE_BYTES) * PAGE_BYTES
+    whole = -(-size // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     if KEEPS and least < size and whole <= most:
         with contextlib.suppress(OSError):  # NumPy says better what is missing
             block = np.asarray(_Block(_found(whole) or _mapped(whole), most))

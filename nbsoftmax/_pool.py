@@ -24,12 +24,6 @@ from . import _handover
 
 Work = Callable[[], object]
 
-_jobs: "queue.SimpleQueue[list[Work]]" = queue.SimpleQueue()
-_helpers = 0
-_hiring = threading.Lock()
-_boxes: Any = None  # one for each helper
-
-
 # Short calls of one thread with no more nanoseconds between them follow each other closely: about
 # as long as a helper listens.
 CLOSELY_NS = 70_000
@@ -39,6 +33,15 @@ WAKE_AGAIN_NS = 1_000_000
 # Short calls run alone for so long after a helper that seemed to listen had no core, and after one
 # that began had to be waited for.
 ALONE_NS = {_handover.UNHEARD: 1_000_000, _handover.LATE: 100_000_000}
+NOBODY, LISTENERS, ALL = range(3)  # who shares a short job
+
+_jobs: "queue.SimpleQueue[list[Work]]" = queue.SimpleQueue()
+_helpers = 0
+_hiring = threading.Lock()
+_boxes: Any = None  # one for each helper
+_last_short = (0, 0)  # the last short call's thread, and when it ended
+_woken, _wake_again = 0, WAKE_AGAIN_NS  # when they last woke helpers, and when they may again
+_alone_until = 0
 
 
 class Job:
@@ -61,11 +64,6 @@ class Job:
     def cancel(self) -> None:
         """Leave no part to take."""
         raise NotImplementedError
-
-
-_last_short = (0, 0)  # the last short call's thread, and when it ended
-_woken, _wake_again = 0, WAKE_AGAIN_NS  # when they last woke helpers, and when they may again
-_alone_until = 0
 
 
 def _forget() -> None:
@@ -164,10 +162,6 @@ def share(job: Job, threads: int) -> None:
         raise
     finally:
         offer.clear()
-
-
-# Who shares a short job.
-NOBODY, LISTENERS, ALL = range(3)
 
 
 def who_shares(threads: int) -> int:

@@ -300,13 +300,16 @@ def is_small(o: Operations, m: Value, s: Value, least: Value) -> Value:
     return o.where(_without_terms(o, m, s), zero, small)
 
 
+NEAR_ZERO = 1.0  # for maxima, and results beside them; there logsumexp shows what others hide
+
+
 def rounded_terms(o: Operations, m: Value) -> Value:
     """The rest, in largest terms, from which on rounded terms do for logsumexp.
 
     Their error counts only in results below 1, so not beside a larger maximum; and a rest of 1.75
     largest terms has a logarithm of 1.
     """
-    return o.where(abs(m) < o.const(1.0), o.const(1.75), o.const(0.0))
+    return o.where(abs(m) < o.const(NEAR_ZERO), o.const(1.75), o.const(0.0))
 
 
 def whole(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
@@ -391,9 +394,6 @@ def logsumexp(o: Operations, m: Value, s: Value, c: Value) -> Value:
     # An infinite maximum is its own answer unless the sum is NaN; two_sum would make inf - inf.
     infinite = _without_terms(o, m, s)
     return o.where(infinite, m, total + (rest + low))
-
-
-NEAR_ZERO = 1.0  # for results beside maxima no larger
 
 
 def logsumexp_of_all(o: Operations, m: Value, s: Value, c: Value) -> Value:

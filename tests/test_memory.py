@@ -15,7 +15,7 @@ from nbsoftmax import _memory, _plan
 
 from .oracle import assert_right
 
-LEAST, MOST = _memory.PAGE_BYTES, 8 * _memory.PAGE_BYTES
+LEAST, MOST = _memory.HUGE_PAGE_BYTES, 8 * _memory.HUGE_PAGE_BYTES
 keeps = pytest.mark.skipif(not _memory.KEEPS, reason="this system cannot keep memory")
 
 
@@ -27,7 +27,9 @@ def nothing_kept():
 
 
 def new(pages=2, most=MOST):
-    return _memory.empty((pages, _memory.PAGE_BYTES // 4), np.dtype(np.float32), 64, (LEAST, most))
+    return _memory.empty(
+        (pages, _memory.HUGE_PAGE_BYTES // 4), np.dtype(np.float32), 64, (LEAST, most)
+    )
 
 
 def place(array):
@@ -80,7 +82,7 @@ def test_kept_memory_is_the_systems_to_take():
     lines = pathlib.Path("/proc/self/smaps").read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(at))
     lazy = next(line for line in lines[start:] if line.startswith("LazyFree:"))
-    assert int(lazy.split()[1]) >= 2 * _memory.PAGE_BYTES // 1024
+    assert int(lazy.split()[1]) >= 2 * _memory.HUGE_PAGE_BYTES // 1024
 
 
 class _Refuses(mmap.mmap):
@@ -105,7 +107,7 @@ def test_without_kept_memory_numpy_gives_some(failing, monkeypatch):
     monkeypatch.setattr(_memory, failing, False if failing == "KEEPS" else fails)
     array = new()
     assert place(array) % 64 == 0
-    assert array.shape == (2, _memory.PAGE_BYTES // 4)
+    assert array.shape == (2, _memory.HUGE_PAGE_BYTES // 4)
     with pytest.raises(MemoryError, match="Unable to allocate"):
         _memory.empty((2**20, 2**30), np.dtype(np.float64), 64, (0, 2**60))
 
@@ -140,7 +142,7 @@ def test_results_in_kept_memory_are_right_in_many_threads():
         for thread in threads:
             thread.join()
         gc.collect()
-        assert 0 < len(_memory._kept) <= MOST // _memory.PAGE_BYTES
+        assert 0 < len(_memory._kept) <= MOST // _memory.HUGE_PAGE_BYTES
     assert not wrong
 
 
