@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import _cpu_kernels as kernels
-from . import _formats, _handover, _memory, _plain, _plan, _pool, _scalars, _semantics
+from . import _direct, _formats, _handover, _memory, _plain, _plan, _pool, _scalars, _semantics
 from ._semantics import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX, Array
 
 # What makes the pairs of lanes that are cut into blocks, and what applies them when merged.
@@ -139,6 +139,7 @@ class Launch:
     aligned: bool  # the result must lie on whole vectors
     parallel: bool
     small: Kernel | None  # the one kernel, if it runs in this thread
+    direct: bool  # and so short that machine code may find it
 
     def new(self, x: Array) -> Any:
         """The result as the caller sees it; a full reduction is a scalar."""
@@ -297,21 +298,37 @@ def _launch(
     kept = tuple(i for i in fold.order if op != LOGSUMEXP or i not in axes)
     order = tuple(sorted(range(len(kept)), key=lambda k: kept[k]))
     in_parallel = any(call.parallel for call in calls)
+    small = None if in_parallel or len(calls) > 1 else calls[0].kernel
+    transpose = None if order == tuple(range(len(kept))) else order
+    # Past the cache, it would matter where out is.
+    direct = not plan.past_cache and work_bytes <= _plan.LIMITS.direct_bytes
+    direct = direct and small is not None and transpose is None
     return Launch(
         calls=tuple(calls),
         pairs=pairs,
         compute=np.dtype(real.name),
         result=result,
         shape=tuple(shape[i] for i in kept),
-        transpose=None if order == tuple(range(len(kept))) else order,
+        transpose=transpose,
         final_shape=_semantics.result_shape(op, shape, axes, keepdims),
         aligned=past_cache,
         parallel=in_parallel,
-        small=None if in_parallel or len(calls) > 1 else calls[0].kernel,
+        small=small,
+        direct=direct,
     )
 
 
-_plan.on_change(_launch.cache_clear)
+# Calls that machine code knows, without and with keepdims.
+_DIRECT = {op: (_direct.Calls(), _direct.Calls()) for op in (SOFTMAX, LOG_SOFTMAX, LOGSUMEXP)}
+
+
+def _forget() -> None:
+    _launch.cache_clear()
+    for calls in itertools.chain(*_DIRECT.values()):
+        calls.forget()
+
+
+_plan.on_change(_forget)
 
 
 # -- yardsticks ------------------------------------------------------------------------------------
@@ -364,28 +381,39 @@ def run(
     name: str = "x",
 ) -> Any:
     """One of the three functions on one array."""
-    if (
-        type(x) is np.ndarray
-        and (axis is None or type(axis) is int)
-        and (where is None and dtype is None and b is None and not return_sign)
-    ):
-        # The common call: a look-up of how, memory for the result, and the kernel.
-        if out is None:
-            launch = _launch(op, x.shape, x.strides, x.dtype, axis, bool(keepdims))
+    if where is None and dtype is None and b is None and not return_sign:
+        calls = _DIRECT[op][1 if keepdims else 0]
+        found = calls.find(calls.table, x, out, axis)
+        if type(found) is not int and found is not None:
+            return found
+        if type(x) is np.ndarray and (axis is None or type(axis) is int):
+            # The common call: a look-up of how, memory for the result, and the kernel.
+            launch = _launch_for(op, x, axis, out, bool(keepdims))
             if launch is not None:
-                return launch.new(x)
-        elif op == LOGSUMEXP:
-            launch = _launch(op, x.shape, x.strides, x.dtype, axis, bool(keepdims))
-            if launch is not None and launch.fills(out, x):
-                launch.into(x, out)
-                return out
-        elif _takes_directly(x, out):
-            launch = _launch(op, x.shape, x.strides, x.dtype, axis, False, out.strides, _place(out))
-            if launch is not None and out.dtype == launch.result:
-                launch.into(x, out)
-                return out
+                if out is None:
+                    result = launch.new(x)
+                else:
+                    launch.into(x, out)
+                    result = out
+                if launch.direct:
+                    calls.learn(found, x, out, axis, result, launch.calls[0])
+                return result
     with np.errstate(all="ignore"):
         return _run(op, x, axis, where, out, dtype, b, bool(keepdims), bool(return_sign), name)
+
+
+def _launch_for(op: str, x: Array, axis: int | None, out: Any, keepdims: bool) -> Launch | None:
+    """How to run ``op`` from and to the arrays as they lie, or None if it takes more than that."""
+    geometry = op, x.shape, x.strides, x.dtype, axis, keepdims
+    if out is None:
+        return _launch(*geometry)
+    if op == LOGSUMEXP:
+        launch = _launch(*geometry)
+        return launch if launch is not None and launch.fills(out, x) else None
+    if not _takes_directly(x, out):
+        return None
+    launch = _launch(*geometry, out.strides, _place(out))
+    return launch if launch is not None and out.dtype == launch.result else None
 
 
 def _takes_directly(x: Array, out: Any) -> bool:

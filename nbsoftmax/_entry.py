@@ -9,17 +9,43 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import njit
-from numba.core import types
+from numba.core import cgutils, types
 from numba.core.registry import cpu_target
-from numba.extending import NativeValue, models, register_model, unbox
+from numba.extending import NativeValue, box, models, register_model, unbox
 
 log = logging.getLogger(__name__)
 
 I64 = ir.IntType(64)
 
-# -- a Numba argument that is an array's address and nothing else ---------------------------------
+# -- arguments that are an address and nothing else -----------------------------------------------
 # Reading the data pointer takes one instruction; unboxing a Numba array takes 0.1 us, and compiles
 # again for every number of dimensions.
+
+
+class ArrayObject:
+    """A NumPy array in machine code: the first fields of PyArrayObject, a part of NumPy's ABI."""
+
+    FIELDS = ("data", "ndim", "shape", "strides", "base", "descr", "flags")
+    INTS = ("ndim", "flags")  # of 32 bits; all others are words
+
+    def __init__(self, builder: ir.IRBuilder, address: ir.Value) -> None:
+        self.b = builder
+        self.address = address
+
+    def _word_at(self, offset: int, kind: ir.Type) -> ir.Value:
+        place = self.b.add(self.address, ir.Constant(I64, offset))
+        return self.b.load(self.b.inttoptr(place, kind.as_pointer()))
+
+    @property
+    def kind(self) -> ir.Value:
+        """The object's type, the last word of every object's head."""
+        return self._word_at(object.__basicsize__ - 8, I64)
+
+    def __getattr__(self, name: str) -> ir.Value:
+        offset = object.__basicsize__ + 8 * self.FIELDS.index(name)
+        if name in self.INTS:
+            return self.b.sext(self._word_at(offset, ir.IntType(32)), I64)
+        return self._word_at(offset, I64)
 
 
 class Address(types.Type):
@@ -37,8 +63,16 @@ class Target(Address):
         super().__init__(name=f"nbsoftmax.Target({job})")
 
 
+class Object(types.Type):
+    """Any object of the interpreter, where it is; as a result, a reference that is given away."""
+
+    def __init__(self) -> None:
+        super().__init__(name="nbsoftmax.Object")
+
+
 @register_model(Address)
 @register_model(Target)
+@register_model(Object)
 class _AddressModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Any) -> None:
         super().__init__(dmm, fe_type, I64)
@@ -47,14 +81,23 @@ class _AddressModel(models.PrimitiveModel):
 @unbox(Address)
 @unbox(Target)
 def _unbox_address(typ: Any, obj: ir.Value, c: Any) -> NativeValue:
-    # PyArrayObject starts with the object head, then `char *data`: a part of NumPy's ABI.
-    head = ir.Constant(I64, object.__basicsize__)
-    field = c.builder.inttoptr(c.builder.add(c.builder.ptrtoint(obj, I64), head), I64.as_pointer())
+    data = ArrayObject(c.builder, c.builder.ptrtoint(obj, I64)).data
     none = c.builder.icmp_unsigned("==", obj, c.pyapi.borrow_none())
-    return NativeValue(c.builder.select(none, ir.Constant(I64, 0), c.builder.load(field)))
+    return NativeValue(c.builder.select(none, ir.Constant(I64, 0), data))
+
+
+@unbox(Object)
+def _unbox_object(typ: Any, obj: ir.Value, c: Any) -> NativeValue:
+    return NativeValue(c.builder.ptrtoint(obj, I64))
+
+
+@box(Object)
+def _box_object(typ: Any, value: ir.Value, c: Any) -> ir.Value:
+    return c.builder.inttoptr(value, c.pyapi.pyobj)
 
 
 ADDRESS = Address()
+OBJECT = Object()
 
 
 # -- the functions --------------------------------------------------------------------------------
@@ -69,7 +112,7 @@ class Entry(NamedTuple):
 
 def _digest() -> str:
     here = Path(__file__).parent
-    kernels = ("_cpu_kernels", "_entry", "_formats", "_handover")
+    kernels = ("_cpu_kernels", "_direct", "_entry", "_formats", "_handover")
     below = ("_llvm", "_scalars", "_semantics", "_simd")
     files = (here / f"{name}.py" for name in kernels + below)
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
@@ -81,7 +124,9 @@ def _digest() -> str:
 _SOURCES = _digest()
 
 
-def function(template: FunctionType, words: Iterable[object], cache: bool = True) -> Any:
+def function(
+    template: FunctionType, words: Iterable[object], cache: bool = True, nogil: bool = True
+) -> Any:
     """A Numba function of its own name, so that it has its own files in the cache.
 
     Numba numbers the binaries of one function without a lock: two processes that compile two at
@@ -92,19 +137,34 @@ def function(template: FunctionType, words: Iterable[object], cache: bool = True
     made = FunctionType(code, template.__globals__, name)
     made.__qualname__ = name
     try:
-        return njit(nogil=True, cache=cache)(made)
+        return njit(nogil=nogil, cache=cache)(made)
     except RuntimeError:  # no folder for the cache can be written
-        return njit(nogil=True)(made)
+        return njit(nogil=nogil)(made)
 
 
 def ready(
-    template: FunctionType, words: Iterable[object], signature: tuple[types.Type, ...]
+    template: FunctionType,
+    words: Iterable[object],
+    signature: tuple[types.Type, ...],
+    nogil: bool = True,
 ) -> Entry:
-    """From the disk cache, or compiled now."""
-    found = function(template, words)
+    """From the disk cache, or compiled now.
+
+    ``nogil``: it lets go of the interpreter, for it may take long and needs none of its objects.
+    """
+    found = function(template, words, nogil=nogil)
     return _from_disk(found, signature) or _compile(
-        found, signature, lambda: function(template, words, cache=False)
+        found, signature, lambda: function(template, words, cache=False, nogil=nogil)
     )
+
+
+def call_address(b: ir.IRBuilder, address: ir.Value, arguments: list[ir.Value]) -> None:
+    """Call an `Entry` that raises nothing and returns None at its address, with words."""
+    byte = ir.IntType(8).as_pointer()
+    kinds = [byte.as_pointer(), byte.as_pointer(), *[I64] * len(arguments)]
+    kind = ir.FunctionType(ir.IntType(32), kinds).as_pointer()
+    places = [cgutils.alloca_once(b, byte) for _ in range(2)]
+    b.call(b.inttoptr(address, kind), [*places, *arguments])
 
 
 def _entry(result: Any) -> Entry:

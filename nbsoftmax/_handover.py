@@ -113,15 +113,6 @@ def _looked(b: ir.IRBuilder, counter: ir.Value, most: int) -> ir.Value:
     return b.icmp_signed(">=", _count(b, counter), ir.Constant(I64, most))
 
 
-def _call(b: ir.IRBuilder, kernel: ir.Value, arguments: list[ir.Value]) -> None:
-    """Call a function compiled by Numba at its address; it raises nothing and returns None."""
-    byte = ir.IntType(8).as_pointer()
-    kinds = [byte.as_pointer(), byte.as_pointer(), *[I64] * ARGUMENTS]
-    kind = ir.FunctionType(ir.IntType(32), kinds).as_pointer()
-    places = [cgutils.alloca_once(b, byte) for _ in range(2)]
-    b.call(b.inttoptr(kernel, kind), [*places, *arguments])
-
-
 @intrinsic
 def _emit_listen(typing_context: Any, box: Any) -> Any:
     def generate(context: Any, b: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
@@ -144,7 +135,7 @@ def _emit_listen(typing_context: Any, box: Any) -> Any:
 
         b.position_at_end(work)
         kernel, *values = (b.load(box.word(CALL + i)) for i in range(1 + ARGUMENTS))
-        _call(b, kernel, values)
+        _entry.call_address(b, kernel, values)
         # In this order: whoever offers next must see the count that its own call will raise.
         box.write(DONE, b.add(box.read(DONE), ir.Constant(I64, 1)))
         box.write(STATE, LISTENING)
@@ -200,7 +191,7 @@ def _emit_lend(
                     b.store(word, box.word(CALL + i))
                 box.write(STATE, box.offer(done))
                 _count(b, asked)
-        _call(b, words[0], values)
+        _entry.call_address(b, words[0], values)
         for box, place in each():
             before = b.load(place)
             with b.if_then(b.icmp_signed("!=", before, nobody)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import zlib
 from enum import Enum
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import nbsoftmax
+from nbsoftmax import _direct
 
 from . import cases, cuda_arrays
 
@@ -31,7 +33,7 @@ class Backend(Enum):
     """
 
     NUMPY = "numpy"
-    NUMPY_READONLY = "numpy:readonly"
+    NUMPY_AGAIN = "numpy:again"  # inputs are read-only, and calls known to machine code
     CUDA = "cuda"
 
     @classmethod
@@ -48,7 +50,7 @@ class Backend(Enum):
         """A NumPy array as this backend's, with the same strides where it has strides."""
         if self is Backend.CUDA:
             return cuda_arrays.put(array, as_array)
-        if self is Backend.NUMPY_READONLY and isinstance(array, np.ndarray):
+        if self is Backend.NUMPY_AGAIN and isinstance(array, np.ndarray):
             array = array.view()
             array.flags.writeable = False
         return array
@@ -68,7 +70,10 @@ class Backend(Enum):
         given = out
         if out is not None:
             kwargs["out"] = given = self.put(out) if self is Backend.CUDA else out
-        result = getattr(nbsoftmax, op)(self.put(x), *args, **kwargs)
+        call = functools.partial(getattr(nbsoftmax, op), self.put(x), *args, **kwargs)
+        if self is Backend.NUMPY_AGAIN:
+            _make_known(call, x, given)
+        result = call()
         if given is not out and not isinstance(result, tuple):
             assert result is given
             cuda_arrays.fetch(given, out)
@@ -78,6 +83,16 @@ class Backend(Enum):
             if not (isinstance(value, np.ndarray) and np.may_share_memory(value, out)):
                 assert _bytes(value) == before[name], f"{op} wrote to {name}"
         return result
+
+
+def _make_known(call, x, out):
+    """Call until a record is written, if one will be; in place, with the same numbers each time."""
+    in_place = isinstance(x, np.ndarray) and np.may_share_memory(x, out)
+    before = x.copy() if in_place else None
+    for _ in range(3):
+        call()
+        if in_place:
+            x[...] = before
 
 
 def _bytes(value):
@@ -112,6 +127,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
+    _direct.UNKNOWN_CALLS = 1
     if cuda_arrays.SIMULATED:
         # Its threads wait for one another: the interpreter must change between them more often.
         sys.setswitchinterval(3e-4)
