@@ -7,9 +7,14 @@ so nothing can hang; a forked child starts with no helpers and hires its own.
 A helper waits in two ways: for some microseconds it listens for kernel calls (`_handover`), then it
 sleeps until a job is put into the queue.  Calls that are shorter than waking takes only ask those
 that listen; where such calls follow each other closely, one wakes helpers, who listen for the next.
+
+Before helpers are woken, each is sent to cores of its own.  In a virtual machine a core that sleeps
+looks taken, and the system would have them wake where the caller runs: the two would take turns on
+one core, call after call, for no helper runs long enough to be moved.
 """
 
 import contextlib
+import ctypes
 import os
 import queue
 import sys
@@ -36,7 +41,8 @@ ALONE_NS = {_handover.UNHEARD: 1_000_000, _handover.LATE: 100_000_000}
 NOBODY, LISTENERS, ALL = range(3)  # who shares a short job
 
 _jobs: "queue.SimpleQueue[list[Work]]" = queue.SimpleQueue()
-_helpers = 0
+_helpers: list[threading.Thread] = []
+_cores: dict[int, tuple[int, ...]] = {}  # where helpers were sent
 _hiring = threading.Lock()
 _boxes: Any = None  # one for each helper
 _last_short = (0, 0)  # the last short call's thread, and when it ended
@@ -67,8 +73,10 @@ class Job:
 
 
 def _forget() -> None:
-    global _jobs, _helpers, _hiring, _boxes
-    _jobs, _helpers, _hiring, _boxes = queue.SimpleQueue(), 0, threading.Lock(), None
+    global _jobs, _hiring, _boxes
+    _jobs, _hiring, _boxes = queue.SimpleQueue(), threading.Lock(), None
+    _helpers.clear()
+    _cores.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -100,7 +108,7 @@ def _help(jobs: "queue.SimpleQueue[list[Work]]", box: Any) -> None:
 
 
 def _hire(count: int) -> None:
-    global _helpers, _boxes
+    global _boxes
     # Never wait here: a signal handler may call us while its own thread is hiring.
     if not _hiring.acquire(blocking=False):
         return
@@ -108,14 +116,46 @@ def _hire(count: int) -> None:
         if _boxes is None:
             _handover.prepare()
             _boxes = _handover.boxes(most_threads())
-        while _helpers < count:
-            name, box = f"nbsoftmax-{_helpers + 1}", _boxes[_helpers]
-            threading.Thread(target=_help, args=(_jobs, box), name=name, daemon=True).start()
-            _helpers += 1
+        while len(_helpers) < count:
+            name, box = f"nbsoftmax-{len(_helpers) + 1}", _boxes[len(_helpers)]
+            helper = threading.Thread(target=_help, args=(_jobs, box), name=name, daemon=True)
+            helper.start()
+            _helpers.append(helper)
     except RuntimeError:  # the system or a closing interpreter gives no more threads
         pass
     finally:
         _hiring.release()
+
+
+def _find_core() -> Callable[[], int] | None:
+    """What says on which core this thread runs, if threads can be sent to cores here."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    return getattr(ctypes.CDLL(None), "sched_getcpu", None)
+
+
+_core = _find_core()
+
+
+def _spread() -> None:
+    """Send the helpers to cores of their own, of those that this thread may use but is not on.
+
+    The cores are dealt out to the threads. Helpers keep theirs for as long as it is not the
+    caller's; only one has to move when the caller did.
+    """
+    if _core is None:
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    threads = len(_helpers) + 1
+    here = _core()
+    own = cores.index(here) % threads if here in cores else 0
+    for number, helper in enumerate(_helpers, 1):
+        share = 0 if number == own else number
+        sent = tuple(cores[share::threads] or cores)
+        if _cores.get(number) != sent and helper.native_id is not None:
+            with contextlib.suppress(OSError):  # not allowed, or the thread is gone
+                os.sched_setaffinity(helper.native_id, sent)
+            _cores[number] = sent
 
 
 def share(job: Job, threads: int) -> None:
@@ -128,8 +168,10 @@ def share(job: Job, threads: int) -> None:
     boxes = _hired(threads) if loan else None
     listening = _listening(boxes)
     asleep = threads - 1 - listening if job.wakes else 0
-    if asleep and _helpers < threads - 1:
-        _hire(threads - 1)
+    if asleep:
+        if len(_helpers) < threads - 1:
+            _hire(threads - 1)
+        _spread()
     ended: list[None] = []
     offer: list[Work] = []
 
@@ -193,7 +235,7 @@ def short_ended() -> None:
 
 def _hired(threads: int) -> Any:
     """The boxes of up to ``threads - 1`` helpers, None if there are none."""
-    return None if _boxes is None else _boxes[: min(_helpers, threads - 1)]
+    return None if _boxes is None else _boxes[: min(len(_helpers), threads - 1)]
 
 
 def _listening(boxes: Any) -> int:

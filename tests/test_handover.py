@@ -1,6 +1,7 @@
 """Calls handed to listening helpers: who runs them, and what happens if nobody does."""
 
 import ctypes
+import os
 import threading
 import time
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from numba import config
 
+import nbsoftmax
 from nbsoftmax import _cpu, _handover, _plan, _pool
 
 from .conftest import Backend
@@ -135,7 +137,7 @@ def pool(monkeypatch):
 
     for name, value in {
         "_boxes": boxes,
-        "_helpers": 1,
+        "_helpers": [threading.current_thread()],
         "_last_short": (0, 0),
         "_woken": 0,
         "_wake_again": _pool.WAKE_AGAIN_NS,
@@ -196,3 +198,66 @@ def test_short_calls_run_alone_after_a_helper_had_no_core(pool, call):
     assert _pool.who_shares(2) == _pool.NOBODY
     assert _pool.who_shares(2) == _pool.LISTENERS
     assert_right("softmax", out, x, 1)
+
+
+sends = pytest.mark.skipif(_pool._core is None, reason="threads cannot be sent to cores here")
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Say how many cores and helpers there are; returns a call from a core, and what it sends."""
+    sent = {}
+
+    def of(cores, helpers):
+        fakes = [SimpleNamespace(native_id=100 + i) for i in range(helpers)]
+        monkeypatch.setattr(_pool, "_helpers", fakes)
+        monkeypatch.setattr(_pool, "_cores", {})
+        monkeypatch.setattr(_pool.os, "sched_getaffinity", lambda thread: set(cores))
+        monkeypatch.setattr(_pool.os, "sched_setaffinity", sent.__setitem__)
+
+        def call_from(core):
+            before = dict(sent)
+            monkeypatch.setattr(_pool, "_core", lambda: core)
+            _pool._spread()
+            return {thread for thread in sent if sent[thread] != before.get(thread)}
+
+        return call_from, sent
+
+    return of
+
+
+@sends
+@pytest.mark.parametrize(("count", "helpers"), [(2, 1), (8, 7), (8, 3), (7, 2), (64, 63)])
+def test_helpers_are_sent_to_cores_of_their_own(cores, count, helpers):
+    allowed = range(10, 10 + count)
+    call_from, sent = cores(allowed, helpers)
+    for here in (*allowed, *reversed(allowed)):
+        moved = call_from(here)
+        assert len(sent) == helpers
+        taken = [core for where in sent.values() for core in where]
+        assert len(taken) == len(set(taken))
+        assert {*taken} < {*allowed}
+        assert here not in taken
+        assert len(moved) == helpers or len(moved) <= 2
+
+
+@sends
+def test_more_threads_than_cores_share_them(cores):
+    call_from, sent = cores((3,), 4)
+    call_from(3)
+    assert set(sent.values()) == {(3,)}
+    call_from(5)  # the thread was moved meanwhile
+    assert set(sent.values()) == {(3,)}
+
+
+@sends
+def test_only_helpers_are_sent_anywhere():
+    if _pool.thread_count() < 2:
+        pytest.skip("one core: no helpers")
+    before = os.sched_getaffinity(0)
+    x = np.zeros((2, _plan.LIMITS.wake_bytes // 4), np.float32)
+    nbsoftmax.softmax(x, 1)
+    assert os.sched_getaffinity(0) == before
+    assert _pool._helpers
+    for number, helper in enumerate(_pool._helpers, 1):
+        assert os.sched_getaffinity(helper.native_id) == {*_pool._cores[number]} <= before
