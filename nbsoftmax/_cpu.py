@@ -45,10 +45,10 @@ class Call:
 
     def __call__(self, x: Array, out: Array, pairs: Array | None, threads: int) -> None:
         together = threads > 1 and self.parallel
-        who = _pool.NOBODY
-        if together:
-            who = _pool.ALL if self.wakes else _pool.who_shares(threads)
-        if who == _pool.NOBODY:
+        who = _pool.who_shares(threads, self.wakes) if together else _pool.NOBODY
+        if who == _pool.ALL:
+            threads = _pool.with_cores(threads)
+        if who == _pool.NOBODY or threads == 1:
             self.kernel(x, out, pairs, self.parameters, None)
         else:
             _pool.share(_Running(self, x, out, pairs, threads, who == _pool.ALL), threads)

@@ -38,7 +38,9 @@ WAKE_AGAIN_NS = 1_000_000
 # Short calls run alone for so long after a helper that seemed to listen had no core, and after one
 # that began had to be waited for.
 ALONE_NS = {_handover.UNHEARD: 1_000_000, _handover.LATE: 100_000_000}
-NOBODY, LISTENERS, ALL = range(3)  # who shares a short job
+# How long it is believed how many cores others are using.
+LOOK_NS = 10_000_000
+NOBODY, LISTENERS, ALL = range(3)  # who shares a job
 
 _jobs: "queue.SimpleQueue[list[Work]]" = queue.SimpleQueue()
 _helpers: list[threading.Thread] = []
@@ -48,6 +50,7 @@ _boxes: Any = None  # one for each helper
 _last_short = (0, 0)  # the last short call's thread, and when it ended
 _woken, _wake_again = 0, WAKE_AGAIN_NS  # when they last woke helpers, and when they may again
 _alone_until = 0
+_looked, _others = 0, 0  # when the cores were looked at, and how many others were using
 
 
 class Job:
@@ -97,6 +100,49 @@ def thread_count() -> int:
     return int(get_num_threads())
 
 
+def _find_core() -> Callable[[], int] | None:
+    """What says on which core this thread runs, if threads can be sent to cores here."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    return getattr(ctypes.CDLL(None), "sched_getcpu", None)
+
+
+_core = _find_core()
+
+
+def with_cores(threads: int) -> int:
+    """So many threads, or as many as there are cores that no other thread uses: before waking.
+
+    Where processes or threads share the cores, each by itself does more than all of them together
+    with their helpers, which take the cores from one another: a tenth more.
+    """
+    global _looked, _others
+    now = time.perf_counter_ns()
+    if now - _looked > LOOK_NS:
+        # What the system itself has to do now and then is over before one has looked twice.
+        _looked, _others = now, _busy_others() and _busy_others()
+    return max(1, min(threads, CORES - _others)) if _others else threads
+
+
+CORES = os.cpu_count() or 1
+
+
+def _busy_others() -> int:
+    """How many threads of all processes run or wait for a core, but for this one and its helpers.
+
+    0 where the system does not say, and where this thread may not use all cores: what runs on the
+    others is nothing to it.
+    """
+    if _core is None or len(os.sched_getaffinity(0)) < CORES:
+        return 0
+    try:
+        with open("/proc/loadavg") as file:
+            running = int(file.read().split()[3].partition("/")[0])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return max(0, running - 1 - _listening(_boxes))
+
+
 def _help(jobs: "queue.SimpleQueue[list[Work]]", box: Any) -> None:
     listen = _handover.listen()
     while True:
@@ -125,16 +171,6 @@ def _hire(count: int) -> None:
         pass
     finally:
         _hiring.release()
-
-
-def _find_core() -> Callable[[], int] | None:
-    """What says on which core this thread runs, if threads can be sent to cores here."""
-    if not hasattr(os, "sched_setaffinity"):
-        return None
-    return getattr(ctypes.CDLL(None), "sched_getcpu", None)
-
-
-_core = _find_core()
 
 
 def _spread() -> None:
@@ -206,13 +242,16 @@ def share(job: Job, threads: int) -> None:
         offer.clear()
 
 
-def who_shares(threads: int) -> int:
-    """Who is to share a short job, for which alone it is not worth waking anybody.
+def who_shares(threads: int, wakes: bool) -> int:
+    """Who is to share a job: all, if it ``wakes`` helpers that sleep.
 
-    Those that listen. If nobody does, and such jobs follow each other closely, all helpers are
-    woken: they may come too late for this one, but will hear the next.
+    It is not worth waking anybody for a short job alone: those that listen share it. If nobody
+    does, and such jobs follow each other closely, all helpers are woken: they may come too late for
+    this one, but will hear the next.
     """
     global _woken, _wake_again
+    if wakes:
+        return ALL
     now = time.perf_counter_ns()
     if now < _alone_until:
         return NOBODY

@@ -62,11 +62,17 @@ def reference(x, axis, b=None, where=True):
     return {"softmax": np.exp(log), "log_softmax": log, "logsumexp": largest + rest, "sign": sign}
 
 
-def call(function, case):
+def library():
+    """The package, which shares its work even while other tests keep all cores busy."""
     import nbsoftmax
 
+    nbsoftmax._pool.LOOK_NS = 1 << 62
+    return nbsoftmax
+
+
+def call(function, case):
     _, _, axis = CASES[case]
-    return getattr(nbsoftmax, function)(load(case), axis=axis)
+    return getattr(library(), function)(load(case), axis=axis)
 
 
 def ulps(function, case, got):

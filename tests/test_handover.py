@@ -1,6 +1,8 @@
 """Calls handed to listening helpers: who runs them, and what happens if nobody does."""
 
+import builtins
 import ctypes
+import io
 import os
 import threading
 import time
@@ -152,9 +154,9 @@ def pool(monkeypatch):
 def test_short_calls_are_shared_with_listeners(pool):
     boxes, at = pool
     at(10**9, 2 * 10**9)
-    assert _pool.who_shares(2) == _pool.NOBODY
+    assert _pool.who_shares(2, wakes=False) == _pool.NOBODY
     boxes[0, STATE] = _handover.LISTENING
-    assert _pool.who_shares(2) == _pool.LISTENERS
+    assert _pool.who_shares(2, wakes=False) == _pool.LISTENERS
 
 
 def test_short_calls_in_a_loop_wake_helpers_and_ever_more_rarely_in_vain(pool):
@@ -163,7 +165,7 @@ def test_short_calls_in_a_loop_wake_helpers_and_ever_more_rarely_in_vain(pool):
     at(*range(10**9, 10**9 + 2000 * step, step))
     shares = []
     for _ in range(1000):
-        shares.append(_pool.who_shares(2))
+        shares.append(_pool.who_shares(2, wakes=False))
         _pool.short_ended()
     assert shares[:2] == [_pool.NOBODY, _pool.ALL]  # the second call follows closely
     wakings = np.flatnonzero(np.equal(shares, _pool.ALL))
@@ -176,11 +178,11 @@ def test_short_calls_far_apart_or_of_other_threads_wake_nobody(pool):
     _, at = pool
     at(*range(10**9, 2 * 10**9, _pool.CLOSELY_NS))
     for _ in range(10):
-        assert _pool.who_shares(2) == _pool.NOBODY
+        assert _pool.who_shares(2, wakes=False) == _pool.NOBODY
         _pool.short_ended()
     at(*range(3 * 10**9, 4 * 10**9, 1000))
     for _ in range(10):
-        assert _pool.who_shares(2) == _pool.NOBODY
+        assert _pool.who_shares(2, wakes=False) == _pool.NOBODY
         other = threading.Thread(target=_pool.short_ended)
         other.start()
         other.join()
@@ -191,12 +193,12 @@ def test_short_calls_run_alone_after_a_helper_had_no_core(pool, call):
     boxes, at = pool
     kernel, x, out = call
     boxes[0, STATE] = _handover.LISTENING
-    at(10**9, 10**9 + 1, 10**9 + 2, 10**9 + 1 + _pool.ALONE_NS[_handover.UNHEARD])
-    assert _pool.who_shares(2) == _pool.LISTENERS
+    at(10**9, 10**9, 10**9 + 1, 10**9 + 2, 10**9 + 1 + _pool.ALONE_NS[_handover.UNHEARD])
+    assert _pool.who_shares(2, wakes=False) == _pool.LISTENERS
     kernel(x, out, None, 2)
     assert boxes[0, STATE] == _handover.LISTENING
-    assert _pool.who_shares(2) == _pool.NOBODY
-    assert _pool.who_shares(2) == _pool.LISTENERS
+    assert _pool.who_shares(2, wakes=False) == _pool.NOBODY
+    assert _pool.who_shares(2, wakes=False) == _pool.LISTENERS
     assert_right("softmax", out, x, 1)
 
 
@@ -261,3 +263,52 @@ def test_only_helpers_are_sent_anywhere():
     assert _pool._helpers
     for number, helper in enumerate(_pool._helpers, 1):
         assert os.sched_getaffinity(helper.native_id) == {*_pool._cores[number]} <= before
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Say what `/proc/loadavg` and the clock would, and how many cores there are."""
+
+    def of(cores, allowed, *lines):
+        said = iter(lines)
+        monkeypatch.setattr(_pool, "CORES", cores)
+        monkeypatch.setattr(_pool, "LOOK_NS", 1000)
+        monkeypatch.setattr(_pool, "_looked", -2000)
+        monkeypatch.setattr(_pool, "_boxes", None)
+        monkeypatch.setattr(_pool.os, "sched_getaffinity", lambda thread: set(range(allowed)))
+        monkeypatch.setattr(builtins, "open", lambda name: io.StringIO(next(said)))
+        monkeypatch.setattr(_pool, "time", SimpleNamespace(perf_counter_ns=lambda: 0))
+
+    return of
+
+
+@sends
+@pytest.mark.parametrize(
+    ("running", "threads"), [((1,), 8), ((3, 3), 6), ((9, 5), 4), ((40, 8), 1), ((8, 99), 1)]
+)
+def test_helpers_are_woken_for_cores_that_nobody_uses(load, running, threads):
+    load(8, 8, *(f"0.5 0.2 0.1 {count}/345 678\n" for count in running))
+    assert _pool.with_cores(8) == threads
+    assert _pool.with_cores(8) == threads  # without another look
+    assert _pool.with_cores(2) == min(2, threads)
+
+
+@sends
+def test_what_runs_on_cores_of_others_does_not_matter(load):
+    load(8, 3, "0.5 0.2 0.1 40/345 678\n")
+    assert _pool.with_cores(3) == 3
+
+
+@sends
+@pytest.mark.parametrize("line", ["", "0.00 0.00 0.00", "0.00 0.00 0.00 0/0 0\n", "a b c d/e f"])
+def test_a_system_that_does_not_say_how_busy_it_is(load, line):
+    load(4, 4, line, line)
+    assert _pool.with_cores(4) == 4
+
+
+@sends
+def test_own_helpers_that_listen_are_not_others(load):
+    load(2, 2, "0.5 0.2 0.1 2/345 678\n")
+    _pool._boxes = _handover.boxes(1)
+    _pool._boxes[0, STATE] = _handover.LISTENING
+    assert _pool.with_cores(2) == 2
