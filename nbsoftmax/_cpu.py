@@ -605,7 +605,8 @@ def _packed(
             sign[piece] = signs.reshape(sign[piece].shape)
 
     job = _Pieces(_pieces(kept_shape, n * wide), compute)
-    threads = _pool.thread_count() if x.size * wide >= _plan.LIMITS.wake_bytes else 1
+    shared = x.size * wide >= _plan.LIMITS.wake_bytes
+    threads = _pool.with_cores(_pool.thread_count()) if shared else 1
     if threads > 1 and job.count > 1:
         _pool.share(job, min(threads, job.count))
     else:
