@@ -68,7 +68,8 @@ def _doubling(first: int, last: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-_SHORT = (32, 64, 96, 112, 128, 160, 192, 224, 256, 320)
+_SHORT = (16, 24, 32, 48, 64, 80, 96, 128, 160)
+_BESIDE = (200, 250, 320, 400, 500, 640, 800, 1000)
 EXPERIMENTS: dict[str, Border | Size] = {
     "short_float32_elements": Border(
         _SHORT,
@@ -76,6 +77,14 @@ EXPERIMENTS: dict[str, Border | Size] = {
     ),
     "short_float64_elements": Border(
         _SHORT,
+        lambda n: ((MIB // n, n), -1, "float64"),
+    ),
+    "beside_float32_elements": Border(
+        _BESIDE,
+        lambda n: ((MIB // n, n), -1, "float32"),
+    ),
+    "beside_float64_elements": Border(
+        _BESIDE,
         lambda n: ((MIB // n, n), -1, "float64"),
     ),
     "lane_float32_bytes": Border(

@@ -99,10 +99,12 @@ def _call(
     threads = _pool.most_threads() if work_bytes >= _plan.LIMITS.serial_bytes else 1
     wakes = work_bytes >= _plan.LIMITS.wake_bytes
     if threads > 1:
-        group = width if job.walk == "short" else 1
+        group = {"short": width, "beside": job.panel}.get(job.walk, 1)
         chunk = _plan.chunk_items(items, item_bytes, group, threads, wakes)
-    rows = block + width if job.walk == "short" else block
-    row = itemsize if job.walk == "along" else job.panel * _plan.VECTOR_BYTES
+    rows = block + 2 * width if job.walk in ("short", "beside") else block
+    row = {"along": itemsize, "beside": job.panel * itemsize}.get(
+        job.walk, job.panel * _plan.VECTOR_BYTES
+    )
     numbers = {
         "items": items,
         "chunk": chunk,
@@ -236,13 +238,14 @@ def _launch(
     past_cache = plan.past_cache and out_at % size == 0
     if across:
         past_cache = past_cache and alike and (shifted or out_at == 0)
-    if plan.walk == "short":  # whole lines of several rows
+    of_rows = plan.walk in ("short", "beside")
+    if of_rows:  # whole lines of several rows
         whole = by_outer.out == n * size == n * real.itemsize
         past_cache = past_cache and whole and by_outer.out_jump == 0
     work_bytes = outer * n * inner * real.itemsize
     row = plan.panel * _plan.VECTOR_BYTES if across else real.itemsize
     item_bytes = min(n, plan.block) * row
-    jumps = by_outer.run < outer if plan.walk == "short" else in_runs
+    jumps = by_outer.run < outer if of_rows else in_runs
     x_steps = {
         "outer_runs": kernels.divisor(by_outer.run) if by_outer.run < outer else 0,
         "lane_runs": kernels.divisor(by_n.run) if in_runs else 0,

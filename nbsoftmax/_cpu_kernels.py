@@ -66,11 +66,11 @@ class Job:
     op: str
     source: str  # names of formats
     result: str
-    walk: str  # along, across, or short: whole rows turned in registers
+    walk: str  # along, beside, across, or short: whole rows turned in registers
     panel: int = 4  # vectors; four independent exps hide each other's latency
     past_cache: bool = False  # stores that leave the cache to others; out lies on whole vectors
     weighted: bool = False
-    runs: bool = False  # the walk's positions lie in runs; short: the rows of a tile do
+    runs: bool = False  # the walk's positions lie in runs; of groups of rows, the rows do
 
 
 # The numbers a kernel is told, in this order: strides and steps in bytes.
@@ -164,8 +164,8 @@ class Cursor:
         b.store(b.add(self.get("index"), k.int(k.group)), self.counters["index"])
         more = k.int(k.group)
         for name, size in (("panel", k.panels), ("block", k.blocks)):
-            if k.job.walk == "short":
-                break  # an item is a group of whole rows
+            if k.of_rows:
+                break
             value = b.add(self.get(name), more)
             full = b.icmp_signed("==", value, size)
             b.store(b.select(full, k.int(0), value), self.counters[name])
@@ -173,14 +173,17 @@ class Cursor:
         b.store(b.add(self.get("outer"), more), self.counters["outer"])
 
 
+Place = ir.Value | list[ir.Value]  # an address; beside, that of each row
+
+
 @dataclass
 class Range:
     """The part of an item that a stage walks. Positions: along, elements; across, rows."""
 
-    x: ir.Value
+    x: Place
     x_row: ir.Value
-    out: ir.Value
-    scratch: ir.Value
+    out: Place
+    scratch: Place
     count: ir.Value  # along: elements; across: columns
     full: ir.Value  # positions before this one need no mask
     end: ir.Value
@@ -201,13 +204,16 @@ class Kernel:
         self.native = FORMATS[real.name]
         self.o = Emitter(builder, real)
         self.b = builder
-        self.along = job.walk == "along"
+        self.beside = job.walk == "beside"
+        self.along = job.walk == "along" or self.beside
         self.short = job.walk == "short"
+        self.of_rows = self.short or self.beside  # an item is a group of whole rows
+        self.lane_in_runs = job.runs and not self.of_rows
         # Across, the first stage copies what it reads: rows that are far apart compete for the same
         # few places of a cache, and would be read from memory by every stage. In runs, it does so
         # that the stage behind it walks one piece.
         self.packs = STAGES[job.op][0] is Maximum and (
-            job.walk == "across" or (self.along and job.runs)
+            job.walk == "across" or (self.along and self.lane_in_runs)
         )
         self.x, self.out, self.pairs, parameters, self.ticket = arguments
         for i, name in enumerate(PARAMETERS):
@@ -215,9 +221,17 @@ class Kernel:
             setattr(self, name, builder.load(builder.inttoptr(at, I64.as_pointer())))
         self.panel = job.panel
         self.panel_elements = job.panel * self.o.width
-        self.stride = self.panel_elements if self.along else 1  # positions in one step of the walk
-        self.group = self.o.width if self.short else 1  # rows or items that are one item
-        self.sets = 1 if self.along else job.panel  # states that stay separate to the end
+        # Positions in one step of the walk; and in one of what it leaves, with so many vectors.
+        self.stride, self.rest = 1, (1, self.panel)
+        if self.beside:
+            self.stride, self.rest = self.o.width, (self.o.width, self.panel)
+        elif self.along:
+            self.stride, self.rest = self.panel_elements, (self.o.width, 1)
+        # Rows that are one item.
+        self.group = self.o.width if self.short else job.panel if self.beside else 1
+        self.sets = job.panel if self.beside or not self.along else 1  # sums that stay separate
+        # Vectors that hold what becomes of them: beside one for all, whose elements are the rows.
+        self.states = 1 if self.along else job.panel
 
     def int(self, value: int) -> ir.Constant:
         return ir.Constant(I64, value)
@@ -240,7 +254,7 @@ class Kernel:
 
     def jumps(self, position: ir.Value, jump: ir.Value) -> ir.Value:
         """What the runs before a position add to its address."""
-        if not self.job.runs or self.short:
+        if not self.lane_in_runs:
             return self.int(0)
         return self.b.mul(self.run_of(position, self.lane_runs), jump)
 
@@ -264,7 +278,7 @@ class Kernel:
         index, panel, block, outer = (cursor.get(name) for name in cursor.counters)
         active = b.icmp_signed("<", index, high)
         first, columns = self.columns(panel)
-        if self.short:
+        if self.of_rows:
             columns = self.smaller(b.sub(high, index), self.int(self.group))
 
         start = b.mul(block, self.block)
@@ -320,12 +334,27 @@ class Kernel:
             row = self.int(VECTOR_BYTES)
             tile = item.tile
             return Range(tile, row, tile, tile, item.columns, length, length, *lane, native=True)
+        if self.beside:
+            # Where there are not enough, the last row is walked again, with the same results.
+            last = self.clipped(b.sub(item.columns, self.int(1)))
+            numbers = [self.smaller(self.int(u), last) for u in range(self.panel)]
+            x, out = ([self.line_at(a, item, i) for i in numbers] for a in ("x", "out"))
+            full = b.and_(length, self.int(-self.o.width))
+            lines = self.own_lines(scratch)
+            return Range(x, self.x_row, out, lines, length, full, length, *lane)
         if not self.along:
             whole = b.icmp_signed(">=", item.columns, self.int(self.panel_elements))
             full = b.select(whole, length, self.int(0))
             return Range(x, self.x_row, out, scratch, item.columns, full, length, *lane)
         full = b.and_(length, self.int(-self.panel_elements))
         return Range(x, self.x_row, out, scratch, length, full, length, *lane)
+
+    def own_lines(self, base: ir.Value) -> list[ir.Value]:
+        """Beside, where rows of our own begin: whole vectors, and a gap behind them."""
+        b = self.b
+        size = b.mul(b.add(self.n, self.int(2 * self.o.width - 1)), self.int(self.o.real.itemsize))
+        size = b.and_(size, self.int(-VECTOR_BYTES))
+        return [b.add(base, b.mul(size, self.int(u))) for u in range(self.panel)]
 
     def after(self, r: Range, skip: ir.Value) -> Range:
         """Along, all but the first ``skip`` elements."""
@@ -343,13 +372,13 @@ class Kernel:
 
     def mask(self, r: Range, j: ir.Value, u: int) -> Vector:
         b = self.b
-        if self.along and self.job.runs:
+        if self.along and self.lane_in_runs:
             position = self.position(r, j, u)
             run = self.run_of(position, self.lane_runs)
             start = b.mul(run, self.run_positions)
             return self.o.live(b.sub(self.run_elements, b.sub(position, start)))
         count = b.sub(r.count, j) if self.along else r.count
-        return self.o.live(b.sub(count, self.int(u * self.o.width)))
+        return self.o.live(b.sub(count, self.int(0 if self.beside else u * self.o.width)))
 
     def position(self, r: Range, j: ir.Value, u: int) -> ir.Value:
         """Where in the lane vector u is at position j of a range."""
@@ -358,23 +387,27 @@ class Kernel:
 
     def everywhere(self, r: Range) -> Iterator[tuple[ir.Value, int, Vector | None]]:
         """A loop over all of a range, for what is too rare to have its own place in the walk."""
-        step, vectors = (self.o.width, 1) if self.along else (1, self.panel)
+        step, vectors = self.rest
         with self.o.loop(self.int(0), r.end, step) as j:
             for u in range(vectors):
                 yield j, u, None if self.short else self.mask(r, j, u)
 
-    def at(self, base: ir.Value, j: ir.Value, row: ir.Value, u: int, size: int) -> ir.Value:
+    def at(self, base: Place, j: ir.Value, row: ir.Value, u: int, size: int) -> ir.Value:
         """Address of vector u at position j, for elements of ``size`` bytes."""
         step = self.int(size) if self.along else row
+        if isinstance(base, list):
+            return self.b.add(base[u], self.b.mul(j, step))
         offset = self.int(u * self.o.width * size)
         return self.b.add(self.b.add(base, self.b.mul(j, step)), offset)
 
     def x_at(self, r: Range, j: ir.Value, u: int) -> ir.Value:
         source = self.native if r.native else self.source
-        base = self.b.add(r.x, self.jumps(self.position(r, j, u), r.x_jump))
+        base = r.x
+        if self.lane_in_runs:
+            base = self.b.add(base, self.jumps(self.position(r, j, u), r.x_jump))
         return self.at(base, j, r.x_row, u, source.itemsize)
 
-    def scratch_at(self, base: ir.Value, j: ir.Value, u: int) -> ir.Value:
+    def scratch_at(self, base: Place, j: ir.Value, u: int) -> ir.Value:
         row = self.int(self.panel * VECTOR_BYTES)
         return self.at(base, j, row, u, self.o.real.itemsize)
 
@@ -383,9 +416,12 @@ class Kernel:
         return source.load(self.o, self.x_at(r, j, u), mask, fill=-float("inf"))
 
     def store_out(self, r: Range, j: ir.Value, u: int, value: Vector, mask: Vector | None) -> None:
-        base = self.b.add(r.out, self.jumps(self.position(r, j, u), self.out_row_jump))
+        base = r.out
+        if self.lane_in_runs:
+            base = self.b.add(base, self.jumps(self.position(r, j, u), self.out_row_jump))
         place = self.at(base, j, self.out_row, u, self.result.itemsize)
-        self.result.store(self.o, place, value, mask, self.job.past_cache)
+        past_cache = self.job.past_cache and not self.of_rows  # whose rows wait for whole lines
+        self.result.store(self.o, place, value, mask, past_cache)
 
     def early(self, array: str, item: Item, next_item: Item) -> tuple[ir.Value, ir.Value]:
         """Where to fetch x or out from while an item is walked: the next item, or so much ahead.
@@ -408,7 +444,16 @@ class Kernel:
         base, first = start
         size = self.source.itemsize if array == "x" else self.result.itemsize
         row, jump = (getattr(self, f"{array}_row{part}") for part in ("", "_jump"))
-        apart = self.along and self.job.runs  # each vector may be of another run
+        if self.beside:
+            step = getattr(self, f"{array}_outer")
+            for u in range(vectors):
+                line = self.b.add(
+                    self.b.add(base, self.b.mul(step, self.int(u))), self.b.mul(j, self.int(size))
+                )
+                for place in range(0, self.o.width * size, CACHE_LINE_BYTES):
+                    self.o.prefetch(self.b.add(line, self.int(place)), to_write=array == "out")
+            return
+        apart = self.along and self.lane_in_runs  # each vector may be of another run
         length = self.o.width * size * (1 if apart else vectors)
         places = list(range(0, length, CACHE_LINE_BYTES))
         if not self.along or apart:
@@ -428,15 +473,15 @@ class Kernel:
     @contextlib.contextmanager
     def each_set(self, *groups: list[Variable]) -> Iterator[tuple[ir.Value, list[Variable]]]:
         """A run-time loop over the states of a panel: what is done to each is compiled once."""
-        if self.sets == 1:
+        if self.states == 1:
             yield self.int(0), [group[0] for group in groups]
             return
         kind = self.o.type
-        memory = [cgutils.alloca_once(self.b, kind, size=self.int(self.sets)) for _ in groups]
+        memory = [cgutils.alloca_once(self.b, kind, size=self.int(self.states)) for _ in groups]
         for place, group in zip(memory, groups, strict=True):
             for u, variable in enumerate(group):
                 self.b.store(variable.get().value, self.b.gep(place, [self.int(u)]))
-        with self.o.loop(self.int(0), self.int(self.sets)) as u:
+        with self.o.loop(self.int(0), self.int(self.states)) as u:
             one = self.variables(len(groups))
             for place, variable in zip(memory, one, strict=True):
                 variable.set(Vector(self.o, self.b.load(self.b.gep(place, [u]))))
@@ -446,6 +491,13 @@ class Kernel:
         for place, group in zip(memory, groups, strict=True):
             for u, variable in enumerate(group):
                 variable.set(Vector(self.o, self.b.load(self.b.gep(place, [self.int(u)]))))
+
+    def own(self, states: list[Variable]) -> list[Vector]:
+        """What each sum has of the states: beside, its element in every element of a vector."""
+        if not self.beside:
+            return [state.get() for state in states]
+        packed, width = states[0].get(), self.o.width
+        return [self.o.shuffle(packed, packed, [u] * width) for u in range(self.panel)]
 
     # -- the walk -----------------------------------------------------------------------------
 
@@ -473,20 +525,21 @@ class Kernel:
                 for ((stage, u), mask), value in zip(masked, values, strict=True):
                     stage.step(j, u, mask, value)
         # Along, what is left is taken by single vectors.
-        step, vectors = (self.o.width, 1) if self.along else (1, self.panel)
+        step, vectors = self.rest
         for stage in reversed(stages):
             with self.o.loop(common, stage.range.end, step) as j:
                 if stage is first:
                     first.prefetch(j, vectors)
                 masks = [self.mask(stage.range, j, u) for u in range(vectors)]
-                for u, mask in enumerate(masks):
-                    stage.step(j, u, mask, stage.read(j, u, mask))
+                values = [stage.read(j, u, mask) for u, mask in enumerate(masks)]
+                for u, (mask, value) in enumerate(zip(masks, values, strict=True)):
+                    stage.step(j, u, mask, value)
         for stage in reversed(stages):
             stage.leave()
 
     def run_mask(self, stage: "Stage", j: ir.Value, u: int) -> Vector | None:
         """Along in runs, what of a vector belongs to one; sums are of a copy without gaps."""
-        gaps = self.along and self.job.runs and not isinstance(stage, Sum)
+        gaps = self.along and self.lane_in_runs and not isinstance(stage, Sum)
         return self.mask(stage.range, j, u) if gaps else None
 
     def turned_walk(self, stages: "list[Stage]", items: list[Item]) -> None:
@@ -519,8 +572,8 @@ class Kernel:
         # Alone, everything is one chunk: its first items run without overlap.
         chunk = b.select(alone, self.items, self.chunk)
         chunks = b.select(alone, self.int(1), self.chunks)
-        # Terms, inputs less their shift, copied inputs; or for short rows, rows of out and tiles.
-        parts = 3 if self.packs else 2 + (1 + MOST_STAGES) * self.short
+        # Terms, inputs less their shift, copied inputs or rows of out, tiles.
+        parts = 2 + (self.packs or self.of_rows) + MOST_STAGES * self.short
         size = b.mul(self.scratch, self.int(parts))
         memory = self._malloc(b.add(size, self.int(VECTOR_BYTES + PAGE_BYTES)))
         self.buffer = self.apart(memory)
@@ -575,7 +628,7 @@ class Kernel:
         for slot in slots[1:]:
             slot.set(dataclasses.replace(item, results=zero, length=zero))
         items = b.sub(high, low)
-        if self.short:
+        if self.of_rows:
             items = b.sdiv(b.add(items, self.int(self.group - 1)), self.int(self.group))
         stages[-1].begin(low)
         with self.o.loop(zero, b.add(items, self.int(len(stages) - 1))):
@@ -678,7 +731,7 @@ class Maximum(Stage):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
         self.parts = kernel.variables(kernel.sets)
-        self.m = kernel.m = kernel.variables(kernel.sets)  # of the item that just passed
+        self.m = kernel.m = kernel.variables(kernel.states)  # of the item that just passed
 
     def enter(self, item: Item) -> None:
         super().enter(item)
@@ -713,8 +766,11 @@ class Maximum(Stage):
                 o.store(k.scratch_at(item.tile, b.add(q, k.int(j)), 0), column)
 
     def leave(self) -> None:
+        if self.k.along:
+            self.m[0].set(self.o.max_of_elements([part.get() for part in self.parts]))
+            return
         for m, part in zip(self.m, self.parts, strict=True):
-            m.set(self.o.max_of_elements(part.get()) if self.k.along else part.get())
+            m.set(part.get())
 
 
 class Terms(Stage):
@@ -723,27 +779,37 @@ class Terms(Stage):
     def scale(self, m: list[Variable]) -> None:
         """Fix the scales. Items of huge numbers, rare, are copied less their shift, and read so."""
         k, b, o = self.k, self.k.b, self.o
-        self.scales = [_scalars.scale(o, one.get()) for one in m]
-        self.maxima = [one.get() for one in m]
+        scales = [_scalars.scale(o, one.get()) for one in m]
+        shifts = [abs(by.shift) > o.const(0.0) for by in scales]
+        self.scales, self.maxima = scales, k.own(m)
+        if k.beside:
+            fields = [k.own([Variable(o, value)]) for value in vars(scales[0]).values()]
+            self.scales = [_scalars.Scale(*own) for own in zip(*fields, strict=True)]
         # What equals it is a largest element.
         self.peaks = [by.near for by in self.scales] if k.source.may_be_huge else self.maxima
-        self.weights = b.add(self.range.x, b.sub(k.pairs, k.x))
+        if k.job.weighted:
+            self.weights = b.add(self.range.x, b.sub(k.pairs, k.x))
         self.in_memory = self.range
         if not k.copies_huge:
             return
-        shifts = [abs(by.shift) > o.const(0.0) for by in self.scales]
         huge = o.any(functools.reduce(lambda p, q: p | q, shifts))
         r = self.range
+        copy = k.own_lines(k.shifted_x) if k.beside else k.shifted_x
         with b.if_then(huge, likely=False):
             for j, u, mask in k.everywhere(r):
                 x = self.shifted(k.load_x(r, j, u, mask), u)
-                o.store(k.scratch_at(k.shifted_x, j, u), x)
+                o.store(k.scratch_at(copy, j, u), x)
         row = k.int(k.panel * VECTOR_BYTES)
         usual, usual_row = (k.packed_x, row) if k.packs else (r.x, r.x_row)
         usual_jump = k.int(0) if k.packs else r.x_jump
+        x = (
+            b.select(huge, copy, usual)
+            if not k.beside
+            else [b.select(huge, *lines) for lines in zip(copy, usual, strict=True)]
+        )
         self.range = dataclasses.replace(
             r,
-            x=b.select(huge, k.shifted_x, usual),
+            x=x,
             x_row=b.select(huge, row, usual_row),
             x_jump=b.select(huge, k.int(0), usual_jump),
             native=True,
@@ -772,7 +838,8 @@ class Sum(Terms):
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
-        self.m, self.s, self.c = (kernel.variables(kernel.sets) for _ in range(3))
+        self.m = kernel.variables(kernel.states)
+        self.s, self.c = (kernel.variables(kernel.sets) for _ in range(2))
         # Not less than any term, which makes adding a term cheap.
         self.start = self.o.const(2.0 ** (self.o.real.bias + 1))
 
@@ -812,7 +879,7 @@ class Sum(Terms):
     def join(self) -> None:
         """Along, the elements of a vector are parts of one sum."""
         if self.k.along:
-            s, c = self.o.sum_of_elements(self.s[0].get(), self.c[0].get())
+            s, c = self.o.sum_of_elements(*([one.get() for one in a] for a in (self.s, self.c)))
             self.s[0].set(s)
             self.c[0].set(c)
 
@@ -849,7 +916,7 @@ class SumOfOthers(Sum):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
         self.count = kernel.variables(kernel.sets)
-        self.again = kernel.variables(kernel.sets)
+        self.again = kernel.variables(kernel.states)
         self.quick = self.pays() and not kernel.job.weighted  # weighted terms have no bound
         if not self.quick:
             self.start = self.o.const(0.0)
@@ -924,13 +991,14 @@ class SumOfOthers(Sum):
     def sum_again(self, flags: list[Vector]) -> None:
         """Careful sums for the lanes that want one; the others keep theirs, whoever is beside."""
         o, k = self.o, self.k
-        before = [(s.get(), c.get()) for s, c in zip(self.s, self.c, strict=True)]
+        sums = list(zip(self.s, self.c, strict=True))[: k.states]
+        before = [(s.get(), c.get()) for s, c in sums]
         self.reset(o.const(0.0))
         r = self.in_memory if k.packs else self.range  # the copy is already the next item's
         for j, u, mask in k.everywhere(r):
             self.careful_step(j, u, mask, self.load(r, j, u, mask))
         self.take_careful()
-        for flag, kept, s, c in zip(flags, before, self.s, self.c, strict=True):
+        for flag, kept, (s, c) in zip(flags, before, sums, strict=True):
             s.set(o.where(flag, s.get(), kept[0]))
             c.set(o.where(flag, c.get(), kept[1]))
 
@@ -938,7 +1006,8 @@ class SumOfOthers(Sum):
         k, o = self.k, self.o
         self.join()
         if k.along:
-            self.count[0].set(o.sum_of_elements(self.count[0].get(), o.const(0.0))[0])
+            counts = [count.get() for count in self.count]
+            self.count[0].set(o.sum_of_elements(counts, [o.const(0.0)] * k.sets)[0])
         with k.each_set(self.m, self.count, self.s, self.c) as (_, (m, count, s, c)):
             join = _scalars.with_largest if k.job.weighted else _scalars.with_equals
             rest = join(o, m.get(), count.get(), s.get(), c.get())
@@ -1032,7 +1101,7 @@ class Output(Stage):
         super().__init__(kernel)
         self.first = kernel.variables(kernel.sets)
         self.second = kernel.variables(kernel.sets)
-        self.lines = Lines(kernel) if kernel.short and kernel.job.past_cache else None
+        self.lines = Lines(kernel) if kernel.of_rows and kernel.job.past_cache else None
 
     def begin(self, low: ir.Value) -> None:
         if self.lines is not None:
@@ -1045,14 +1114,18 @@ class Output(Stage):
 
     def parameters(self) -> None:
         for mine, passed in zip((self.first, self.second), self.k.finished, strict=True):
-            for variable, value in zip(mine, passed, strict=False):
-                variable.set(value.get())
+            for variable, value in zip(mine, self.k.own(passed), strict=False):
+                variable.set(value)
 
     def enter(self, item: Item) -> None:
         super().enter(item)
         self.parameters()
         k, b = self.k, self.k.b
-        if not (k.along and k.job.past_cache):
+        if self.lines is not None and k.beside:
+            free = self.lines.free()
+            lines = [b.add(free, b.mul(k.out_outer, k.int(u))) for u in range(k.panel)]
+            self.range = dataclasses.replace(self.range, out=lines)
+        if not (k.along and k.job.past_cache) or k.beside:
             return
         bytes_ = k.o.width * k.result.itemsize
         misaligned = b.and_(b.sub(k.int(0), item.out), k.int(bytes_ - 1))
@@ -1069,14 +1142,14 @@ class Output(Stage):
         """
         k, b = self.k, self.k.b
         self.ahead = k.early("out", self.current, next_item)
-        if k.along and k.job.past_cache:
+        if k.along and k.job.past_cache and not k.beside:
             size = b.mul(next_item.length, k.int(k.result.itemsize))
             for place in (next_item.out, b.add(next_item.out, size)):
                 self.o.prefetch(place, to_write=True)
 
     def prefetch_out(self, j: ir.Value) -> None:
         k = self.k
-        if (k.job.walk == "across" or k.job.runs) and not k.job.past_cache:
+        if (k.job.walk == "across" or k.lane_in_runs) and not k.job.past_cache:
             k.prefetch("out", self.ahead, j, k.panel)
 
     def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
@@ -1102,7 +1175,16 @@ class Output(Stage):
                 place = b.add(start, row)
                 with b.if_then(b.icmp_signed("<", k.int(i), item.columns)):
                     k.result.store(o, place, line, mask)
+        self.send()
+
+    def leave(self) -> None:
+        if self.k.beside:
+            self.send()
+
+    def send(self) -> None:
+        """The item's rows are whole now: let lines go that wait for no other row."""
         if self.lines is not None:
+            k, b, item = self.k, self.k.b, self.current
             idle = b.icmp_signed("==", item.length, k.int(0))
             rows = b.select(idle, k.int(0), item.columns)
             self.lines.take(b.mul(rows, k.out_outer))

@@ -18,11 +18,16 @@ class Limits:
     results must not depend on who computes them.
     """
 
-    # Rows up to this long are turned in registers, a vector's worth of rows at a time: what the row
-    # pipeline spends on each row, 220 cycles or more, weighs more than two transposes. Equal at 200
-    # (float32) and 110 (float64), for logsumexp, which turns once, at twice that (Zen 4).
-    short_float32_elements: int = 192
-    short_float64_elements: int = 112
+    # Rows up to this long are turned in registers, a vector's worth of rows at a time, and longer
+    # ones walked four at a time: so what begins and ends a row is done for many at once. By itself
+    # it takes 220 cycles or more. Turning pays up to 50 to 90 (float32) or 32 to 48 (float64),
+    # four at a time up to 500 to 900 or 250 to 400; for logsumexp, which turns once and keeps no
+    # terms, up to twice that (Zen 4).
+    short_float32_elements: int = 64
+    short_float64_elements: int = 32
+    beside_float32_elements: int = 640
+    beside_float64_elements: int = 320
+    beside_rows: int = 4
     # Longer lanes are cut into blocks, and read twice. With its terms, a lane up to this long stays
     # in the second-level cache (1 MB a core) or not far; in float32 the last bits of a sum of more
     # numbers would not all be kept.
@@ -104,7 +109,7 @@ def using(**changes: int) -> Iterator[Limits]:
 class Plan:
     """How a folded array is walked."""
 
-    walk: str  # along, across, short or packed
+    walk: str  # along, beside, across, short or packed
     panel: int = 1  # vectors side by side
     block: int = 0  # lane elements of one block; n if the lane is not cut
     past_cache: bool = False
@@ -160,9 +165,12 @@ def plan(
     if runs and inner == 1:  # their last vectors are not whole
         past_cache = False
     short = {4: limits.short_float32_elements, 8: limits.short_float64_elements}[compute_itemsize]
+    beside = {4: limits.beside_float32_elements, 8: limits.beside_float64_elements}[
+        compute_itemsize
+    ]
     whole = {4: limits.lane_float32_bytes, 8: limits.lane_float64_bytes}[compute_itemsize]
     if op == LOGSUMEXP:
-        short *= 2
+        short, beside = 2 * short, 2 * beside
     if inner > 1:
         if inner < limits.narrow_elements:
             return Plan("packed")
@@ -174,7 +182,9 @@ def plan(
         return Plan("across", panel, n, past_cache)
     if n <= short and outer >= width // 2 and not runs:
         return Plan("short", 1, n, writes > limits.short_past_cache_bytes)
-    if 4 * n <= short and runs:  # and more to copying such rows and turning them
+    if n <= beside and outer >= 2 * limits.beside_rows and not runs:
+        return Plan("beside", limits.beside_rows, n, writes > limits.short_past_cache_bytes)
+    if 4 * n <= 3 * short and runs:  # and more to copying such rows and turning them
         return Plan("packed")
     if lane > (limits.few_lanes_bytes if outer < limits.few_lanes and not alone else whole):
         block = limits.block_bytes // compute_itemsize

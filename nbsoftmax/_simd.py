@@ -7,6 +7,7 @@ nor to interleave the passes over several lanes.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -59,35 +60,62 @@ class Emitter(Arithmetic):
         mask = ir.Constant(ir.VectorType(I32, len(index)), [ir.Constant(I32, i) for i in index])
         return Vector(self, self.b.shuffle_vector(a.value, b.value, mask))
 
-    def rotations(self) -> Iterator[Callable[[Vector], Vector]]:
-        step = self.width // 2
-        while step:
+    def _halves(self, distance: int) -> tuple[list[int], list[int]]:
+        """Of two vectors, the elements of both in turn that `_joined` keeps, and their partners."""
+        w, d = self.width, distance
+        low = [i if not i & d else w + i - d for i in range(w)]
+        high = [i + d if not i & d else w + i for i in range(w)]
+        return low, high
+
+    def _joined(self, parts: list[Any], join: Callable[[Any, Any], Any]) -> Any:
+        """Join the elements of each part: element i of the result is of part i, and so on again.
+
+        A part is a tuple of vectors, and so is what ``join`` makes of two.
+        """
+        distance = 1
+        while len(parts) > 1:
+            low, high = self._halves(distance)
+            parts = [
+                join(
+                    *(
+                        tuple(self.shuffle(x, y, index) for x, y in zip(*pair, strict=True))
+                        for index in (low, high)
+                    )
+                )
+                for pair in zip(parts[::2], parts[1::2], strict=True)
+            ]
+            distance *= 2
+        (part,), step = parts, self.width // 2
+        while step >= distance:
             index = [(i + step) % self.width for i in range(self.width)]
-            yield lambda v, index=index: self.shuffle(v, v, index)
+            part = join(part, tuple(self.shuffle(v, v, index) for v in part))
             step //= 2
+        return part
 
-    def max_of_elements(self, v: Vector) -> Vector:
-        for rotate in self.rotations():
-            v = self.larger(rotate(v), v)
-        return v
+    def max_of_elements(self, parts: list[Vector]) -> Vector:
+        """The largest element of each: in every element that of the only one, or in turn."""
+        (m,) = self._joined([(v,) for v in parts], lambda a, b: (self.larger(b[0], a[0]),))
+        return m
 
-    def sum_of_elements(self, s: Vector, c: Vector) -> tuple[Vector, Vector]:
-        for rotate in self.rotations():
-            s, c = _scalars.merge(s, c, rotate(s), rotate(c))
+    def sum_of_elements(self, s: list[Vector], c: list[Vector]) -> tuple[Vector, Vector]:
+        """The same for sums in two parts."""
+        parts = list(zip(s, c, strict=True))
+        total, rest = self._joined(parts, lambda a, b: _scalars.merge(*a, *b))
+        if len(parts) > 1:
+            return total, rest
         first = [0] * self.width
-        return self.shuffle(s, s, first), self.shuffle(c, c, first)
+        return self.shuffle(total, total, first), self.shuffle(rest, rest, first)
 
     def transpose(self, rows: list[Vector]) -> list[Vector]:
         """A square of numbers held in registers: element j of row i becomes element i of row j."""
         w, step = self.width, 1
-        low = lambda d: [i if not i & d else w + i - d for i in range(w)]  # noqa: E731
-        high = lambda d: [i + d if not i & d else w + i for i in range(w)]  # noqa: E731
         while step < w:
             done = list(rows)
+            low, high = self._halves(step)
             for i in range(w):
                 if not i & step:
-                    done[i] = self.shuffle(rows[i], rows[i + step], low(step))
-                    done[i + step] = self.shuffle(rows[i], rows[i + step], high(step))
+                    done[i] = self.shuffle(rows[i], rows[i + step], low)
+                    done[i + step] = self.shuffle(rows[i], rows[i + step], high)
             rows, step = done, 2 * step
         return rows
 

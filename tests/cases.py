@@ -273,7 +273,10 @@ def case_id(case) -> str:
 
 # Name -> thresholds of `nbsoftmax._plan.Limits` that bring small inputs into it.
 _NEVER = 1 << 60
+_NEVER_TURNED = {"short_float32_elements": 0, "short_float64_elements": 0}
+_NEVER_BESIDE = {"beside_float32_elements": 0, "beside_float64_elements": 0}
 _CUT = {
+    **_NEVER_BESIDE,
     "lane_float32_bytes": 200,
     "lane_float64_bytes": 200,
     "few_lanes_bytes": 200,
@@ -283,6 +286,7 @@ _CUT = {
     "panel_block_bytes": 500,
 }
 _IN_PIECES = {
+    **_NEVER_TURNED,
     "serial_bytes": 0,
     "wake_bytes": 0,
     "chunk_bytes": 1,
@@ -292,8 +296,8 @@ _IN_PIECES = {
 REGIMES: dict[str, dict[str, int]] = {
     "default": {},
     "whole_lanes": {
-        "short_float32_elements": 0,
-        "short_float64_elements": 0,
+        **_NEVER_TURNED,
+        **_NEVER_BESIDE,
         "lane_float32_bytes": _NEVER,
         "lane_float64_bytes": _NEVER,
         "few_lanes_bytes": _NEVER,
@@ -303,8 +307,9 @@ REGIMES: dict[str, dict[str, int]] = {
     "blocks": _CUT,
     "in_pieces": _IN_PIECES,
     "past_cache": {"past_cache_bytes": 0, "short_past_cache_bytes": 0},
+    "beside_past_cache": {**_NEVER_TURNED, "past_cache_bytes": 0, "short_past_cache_bytes": 0},
     "packed": {"narrow_elements": _NEVER, "packed_bytes": 300},
-    "blocks_in_pieces_past_cache": {**_CUT, **_IN_PIECES, "past_cache_bytes": 0,
+    "blocks_in_pieces_past_cache": {**_IN_PIECES, **_CUT, "past_cache_bytes": 0,
                                     "short_past_cache_bytes": 0, "narrow_elements": 0},
 }  # fmt: skip
 

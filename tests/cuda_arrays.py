@@ -80,6 +80,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     "blocks": {**_SMALL, **_CUT},
     "in_pieces": {**_SMALL, "rows": ((2, 1), (4, 4)), "clusters": (2, 4)},
     "past_cache": {**_SMALL, "across": 4, "rows": ((1, 2), (16, 8))},
+    "beside_past_cache": {**_SMALL, "rows": ((2, 4), (8, 4))},
     "packed": {**_SMALL, "held_float32": 8, "held_float64": 8},
     "blocks_in_pieces_past_cache": {**_SMALL, **_CUT, "across": 4, "blocks": 3},
 }
