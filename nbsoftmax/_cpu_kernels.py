@@ -2,9 +2,10 @@
 
 Every array is seen as ``(outer, n, inner)``, the lane in the middle.  A *panel* is up to four
 vectors side by side.  **Along**: the lane itself is contiguous (inner = 1), a panel is four vectors
-of one lane and the walk goes on by panels.  **Across**: the elements of a vector are neighbouring
-lanes, and the walk goes on by rows.  The two differ in the stride of the walk and in whether the
-panel's sums are joined at the end; all else is one code.  **Short** rows are turned into columns of
+of one lane and the walk goes on by panels.  **Beside**: a panel is one vector of each of four such
+lanes, and the walk goes on by vectors.  **Across**: the elements of a vector are neighbouring
+lanes, and the walk goes on by rows.  They differ in the stride of the walk and in what of the
+panel's sums is joined at the end; all else is one code.  **Short** rows are turned into columns of
 a tile in registers, walked across, and turned back.
 
 A lane may be cut into *blocks* of fixed length: then one call makes the pairs ``(m, s, c)`` of all
@@ -178,13 +179,13 @@ Place = ir.Value | list[ir.Value]  # an address; beside, that of each row
 
 @dataclass
 class Range:
-    """The part of an item that a stage walks. Positions: along, elements; across, rows."""
+    """The part of an item that a stage walks. Positions: in rows, elements; across, rows."""
 
     x: Place
     x_row: ir.Value
     out: Place
     scratch: Place
-    count: ir.Value  # along: elements; across: columns
+    count: ir.Value  # in rows: elements; across: columns
     full: ir.Value  # positions before this one need no mask
     end: ir.Value
     start: ir.Value  # the position in the lane of position 0
@@ -205,7 +206,7 @@ class Kernel:
         self.o = Emitter(builder, real)
         self.b = builder
         self.beside = job.walk == "beside"
-        self.along = job.walk == "along" or self.beside
+        self.along = job.walk == "along" or self.beside  # vectors of elements of one lane
         self.short = job.walk == "short"
         self.of_rows = self.short or self.beside  # an item is a group of whole rows
         self.lane_in_runs = job.runs and not self.of_rows
@@ -243,6 +244,11 @@ class Kernel:
         """``max(a, 0)``."""
         zero = self.int(0)
         return self.b.select(self.b.icmp_signed(">", a, zero), a, zero)
+
+    def select(self, condition: ir.Value, a: Place, b: Place) -> Place:
+        if isinstance(a, list):
+            return [self.b.select(condition, *rows) for rows in zip(a, b, strict=True)]
+        return self.b.select(condition, a, b)
 
     # -- geometry -----------------------------------------------------------------------------
 
@@ -350,7 +356,7 @@ class Kernel:
         return Range(x, self.x_row, out, scratch, length, full, length, *lane)
 
     def own_lines(self, base: ir.Value) -> list[ir.Value]:
-        """Beside, where rows of our own begin: whole vectors, and a gap behind them."""
+        """Beside, where rows of our own memory begin: whole vectors, and a gap behind them."""
         b = self.b
         size = b.mul(b.add(self.n, self.int(2 * self.o.width - 1)), self.int(self.o.real.itemsize))
         size = b.and_(size, self.int(-VECTOR_BYTES))
@@ -445,11 +451,9 @@ class Kernel:
         size = self.source.itemsize if array == "x" else self.result.itemsize
         row, jump = (getattr(self, f"{array}_row{part}") for part in ("", "_jump"))
         if self.beside:
-            step = getattr(self, f"{array}_outer")
+            offset, step = self.b.mul(j, self.int(size)), getattr(self, f"{array}_outer")
             for u in range(vectors):
-                line = self.b.add(
-                    self.b.add(base, self.b.mul(step, self.int(u))), self.b.mul(j, self.int(size))
-                )
+                line = self.b.add(self.b.add(base, self.b.mul(step, self.int(u))), offset)
                 for place in range(0, self.o.width * size, CACHE_LINE_BYTES):
                     self.o.prefetch(self.b.add(line, self.int(place)), to_write=array == "out")
             return
@@ -802,14 +806,9 @@ class Terms(Stage):
         row = k.int(k.panel * VECTOR_BYTES)
         usual, usual_row = (k.packed_x, row) if k.packs else (r.x, r.x_row)
         usual_jump = k.int(0) if k.packs else r.x_jump
-        x = (
-            b.select(huge, copy, usual)
-            if not k.beside
-            else [b.select(huge, *lines) for lines in zip(copy, usual, strict=True)]
-        )
         self.range = dataclasses.replace(
             r,
-            x=x,
+            x=k.select(huge, copy, usual),
             x_row=b.select(huge, row, usual_row),
             x_jump=b.select(huge, k.int(0), usual_jump),
             native=True,

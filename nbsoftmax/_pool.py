@@ -14,7 +14,6 @@ one core, call after call, for no helper runs long enough to be moved.
 """
 
 import contextlib
-import ctypes
 import os
 import queue
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 
 from numba import config, get_num_threads
 
-from . import _handover
+from . import _cores, _handover
 
 Work = Callable[[], object]
 
@@ -38,19 +37,15 @@ WAKE_AGAIN_NS = 1_000_000
 # Short calls run alone for so long after a helper that seemed to listen had no core, and after one
 # that began had to be waited for.
 ALONE_NS = {_handover.UNHEARD: 1_000_000, _handover.LATE: 100_000_000}
-# How long it is believed how many cores others are using.
-LOOK_NS = 10_000_000
 NOBODY, LISTENERS, ALL = range(3)  # who shares a job
 
 _jobs: "queue.SimpleQueue[list[Work]]" = queue.SimpleQueue()
 _helpers: list[threading.Thread] = []
-_cores: dict[int, tuple[int, ...]] = {}  # where helpers were sent
 _hiring = threading.Lock()
 _boxes: Any = None  # one for each helper
 _last_short = (0, 0)  # the last short call's thread, and when it ended
 _woken, _wake_again = 0, WAKE_AGAIN_NS  # when they last woke helpers, and when they may again
 _alone_until = 0
-_looked, _others = 0, 0  # when the cores were looked at, and how many others were using
 
 
 class Job:
@@ -79,7 +74,7 @@ def _forget() -> None:
     global _jobs, _hiring, _boxes
     _jobs, _hiring, _boxes = queue.SimpleQueue(), threading.Lock(), None
     _helpers.clear()
-    _cores.clear()
+    _cores.forget()
 
 
 if hasattr(os, "register_at_fork"):
@@ -100,47 +95,9 @@ def thread_count() -> int:
     return int(get_num_threads())
 
 
-def _find_core() -> Callable[[], int] | None:
-    """What says on which core this thread runs, if threads can be sent to cores here."""
-    if not hasattr(os, "sched_setaffinity"):
-        return None
-    return getattr(ctypes.CDLL(None), "sched_getcpu", None)
-
-
-_core = _find_core()
-
-
 def with_cores(threads: int) -> int:
-    """So many threads, or as many as there are cores that no other thread uses: before waking.
-
-    Where processes or threads share the cores, each by itself does more than all of them together
-    with their helpers, which take the cores from one another: a tenth more.
-    """
-    global _looked, _others
-    now = time.perf_counter_ns()
-    if now - _looked > LOOK_NS:
-        # What the system itself has to do now and then is over before one has looked twice.
-        _looked, _others = now, _busy_others() and _busy_others()
-    return max(1, min(threads, CORES - _others)) if _others else threads
-
-
-CORES = os.cpu_count() or 1
-
-
-def _busy_others() -> int:
-    """How many threads of all processes run or wait for a core, but for this one and its helpers.
-
-    0 where the system does not say, and where this thread may not use all cores: what runs on the
-    others is nothing to it.
-    """
-    if _core is None or len(os.sched_getaffinity(0)) < CORES:
-        return 0
-    try:
-        with open("/proc/loadavg") as file:
-            running = int(file.read().split()[3].partition("/")[0])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return max(0, running - 1 - _listening(_boxes))
+    """So many threads, or as many as have a core that nobody else uses: asked before waking."""
+    return _cores.for_threads(threads, lambda: _listening(_boxes))
 
 
 def _help(jobs: "queue.SimpleQueue[list[Work]]", box: Any) -> None:
@@ -173,27 +130,6 @@ def _hire(count: int) -> None:
         _hiring.release()
 
 
-def _spread() -> None:
-    """Send the helpers to cores of their own, of those that this thread may use but is not on.
-
-    The cores are dealt out to the threads. Helpers keep theirs for as long as it is not the
-    caller's; only one has to move when the caller did.
-    """
-    if _core is None:
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    threads = len(_helpers) + 1
-    here = _core()
-    own = cores.index(here) % threads if here in cores else 0
-    for number, helper in enumerate(_helpers, 1):
-        share = 0 if number == own else number
-        sent = tuple(cores[share::threads] or cores)
-        if _cores.get(number) != sent and helper.native_id is not None:
-            with contextlib.suppress(OSError):  # not allowed, or the thread is gone
-                os.sched_setaffinity(helper.native_id, sent)
-            _cores[number] = sent
-
-
 def share(job: Job, threads: int) -> None:
     """Run the job here and in up to ``threads - 1`` helpers, until it is finished.
 
@@ -207,7 +143,7 @@ def share(job: Job, threads: int) -> None:
     if asleep:
         if len(_helpers) < threads - 1:
             _hire(threads - 1)
-        _spread()
+        _cores.send(_helpers)
     ended: list[None] = []
     offer: list[Work] = []
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import nbsoftmax
-from nbsoftmax import _direct, _pool
+from nbsoftmax import _cores, _direct
 
 from . import cases, cuda_arrays
 
@@ -128,7 +128,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     _direct.UNKNOWN_CALLS = 1
-    _pool.LOOK_NS = 1 << 62  # helpers take part even while other tests keep all cores busy
+    _cores.LOOK_NS = 1 << 62  # helpers take part even while other tests keep all cores busy
     if cuda_arrays.SIMULATED:
         # Its threads wait for one another: the interpreter must change between them more often.
         sys.setswitchinterval(3e-4)

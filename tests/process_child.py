@@ -66,7 +66,7 @@ def library():
     """The package, which shares its work even while other tests keep all cores busy."""
     import nbsoftmax
 
-    nbsoftmax._pool.LOOK_NS = 1 << 62
+    nbsoftmax._cores.LOOK_NS = 1 << 62
     return nbsoftmax
 
 

@@ -28,7 +28,8 @@ LAYERS: dict[str, set[str]] = {
     "_handover": {"_entry"},
     "_direct": {"_entry"},
     "_memory": set(),
-    "_pool": {"_handover"},
+    "_cores": set(),
+    "_pool": {"_cores", "_handover"},
     "_cpu": {
         *("_cpu_kernels", "_direct", "_formats", "_handover", "_memory", "_plain", "_plan"),
         *("_pool", "_scalars", "_semantics"),
