@@ -16,8 +16,8 @@ from problem import Problem, Yardstick
 
 _SAMPLE_SECONDS = 1e-3  # calls shorter than this are repeated within one sample
 _SHORT_SECONDS = 10e-3  # and those shorter than this run once untimed: caches, threads that slept
-_SETTLE_SECONDS = 3e-3  # other libraries' threads spin for so long after a call
-_MOST_ROUNDS = 50
+_SETTLE_SECONDS = 50e-3  # ONNX Runtime's threads spin for 45 ms after a call, torch's for 8
+_MOST_ROUNDS = 15
 _MACHINE = "{cpu}, {cores} cores, {simd}".format(**_machine.machine())
 
 
