@@ -87,6 +87,7 @@ EXPERIMENTS: dict[str, Border | Size] = {
         _BESIDE,
         lambda n: ((MIB // n, n), -1, "float64"),
     ),
+    "beside_rows": Size((2, 4, 8), ((1024, 256), -1, "float32"), {}),
     "lane_float32_bytes": Border(
         _doubling(32 * KIB, 2 * MIB),
         lambda size: ((32, size // 4), -1, "float32"),
