@@ -43,7 +43,9 @@ def _ulp(value: float | None) -> str:
 
 def _figure(value: float) -> str:
     """Two or three digits, never an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:#.2g}"
+    if value >= 9.95:
+        return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:#.2g}"
 
 
 def _groups(test: str) -> dict[str, dict[str, Row]]:
