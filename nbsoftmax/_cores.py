@@ -52,11 +52,19 @@ def _used_by_others(awake: Callable[[], int]) -> int:
     if _current is None or len(os.sched_getaffinity(0)) < COUNT:
         return 0
     try:
-        with open("/proc/loadavg") as file:
-            running = int(file.read().split()[3].partition("/")[0])
+        running = int(_load().split()[3].partition(b"/")[0])
     except (OSError, ValueError, IndexError):
         return 0
     return max(0, running - 1 - awake())
+
+
+def _load() -> bytes:
+    """What the system says of its load. After a pause, Python's own `open` takes 0.1 ms longer."""
+    file = os.open("/proc/loadavg", os.O_RDONLY)
+    try:
+        return os.read(file, 100)
+    finally:
+        os.close(file)
 
 
 def send(helpers: Sequence[threading.Thread]) -> None:

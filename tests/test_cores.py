@@ -1,7 +1,5 @@
 """Cores: helpers are sent to their own, and woken only for those that nobody else uses."""
 
-import builtins
-import io
 import os
 from types import SimpleNamespace
 
@@ -83,7 +81,7 @@ def load(monkeypatch):
         monkeypatch.setattr(_cores, "_looked", -2000)
         monkeypatch.setattr(_pool, "_boxes", None)
         monkeypatch.setattr(_cores.os, "sched_getaffinity", lambda thread: set(range(allowed)))
-        monkeypatch.setattr(builtins, "open", lambda name: io.StringIO(next(said)))
+        monkeypatch.setattr(_cores, "_load", lambda: next(said).encode())
         monkeypatch.setattr(_cores, "time", SimpleNamespace(perf_counter_ns=lambda: 0))
 
     return of
