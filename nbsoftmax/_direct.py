@@ -11,6 +11,7 @@ It reads NumPy's arrays by themselves and has NumPy make new ones, both as its C
 import ctypes
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -61,17 +62,22 @@ API_NEW_FROM_DESCR, API_RETURN = 94, 76
 class Calls:
     """The records of one function's calls."""
 
-    __slots__ = ("_kept", "_unknown", "find", "table")
+    __slots__ = ("_changing", "_kept", "_unknown", "find", "table")
 
     def __init__(self) -> None:
-        self.forget()
+        self.table: Array | None = None
+        self.find: Callable[[Array | None, object, object, object], object] = _unready
+        self._kept: dict[int, tuple[object, ...]] = {}  # what records point to
+        self._unknown = 0
+        self._changing = threading.Lock()
 
     def forget(self) -> None:
         """Know no call any more."""
-        self.find: Callable[[Array | None, object, object, object], object] = _unready
-        self.table: Array | None = None
-        self._kept: dict[int, tuple[object, ...]] = {}  # what records point to
-        self._unknown = 0
+        with self._changing:
+            if self.table is not None:
+                self.table[SLOTS:] = 0
+            self._kept.clear()
+            self._unknown = 0
 
     def learn(
         self, slot: object, x: Array, out: Array | None, axis: object, like: Array, call: Any
@@ -84,31 +90,43 @@ class Calls:
         self._unknown += 1
         if not WORKS or type(slot) is not int or self._unknown % UNKNOWN_CALLS:
             return
-        if self.table is None:
-            self.table = np.zeros(SLOTS + (1 << SLOTS_BITS), np.int64)
-            self.table[:SLOTS] = _of_numpy()
-            self.find = _find()
+        # Not waited for: a signal's handler may call while its own thread is here.
+        if not self._changing.acquire(blocking=False):
             return
-        same = out is not None and (out.strides, out.dtype) == (x.strides, x.dtype)
-        words = {
-            "kernel": call.machine_code[0],
-            "parameters": call.parameters.ctypes.data,
-            "axis": id(axis),
-            "descr": id(x.dtype),
-            "ndim": x.ndim,
-            "given": out is not None,
-            "out_descr": id(like.dtype),
-            "out_ndim": like.ndim,
-            "in_place": same and like.shape == x.shape,
-        }
-        for name, array in (("x", x), ("out", like)):
-            words[f"{name}_low"], words[f"{name}_high"] = _extent(array)
-        values = [int(words[name]) for name in RECORD]
-        record = np.array([*values, *x.shape, *x.strides, *like.shape, *like.strides], np.int64)
-        before = self._kept.get(slot)
-        self._kept[slot] = record, call, axis, x.dtype, like.dtype
-        self.table[SLOTS + slot] = record.ctypes.data
-        del before  # not sooner
+        try:
+            if self.table is None:
+                table = np.zeros(SLOTS + (1 << SLOTS_BITS), np.int64)
+                table[:SLOTS] = _of_numpy()
+                find = _find()
+                self.table = table  # before who needs it
+                self.find = find
+            else:
+                record = _record(x, out, axis, like, call)
+                before = self._kept.get(slot)
+                self._kept[slot] = record, call, axis, x.dtype, like.dtype
+                self.table[SLOTS + slot] = record.ctypes.data
+                del before  # not sooner
+        finally:
+            self._changing.release()
+
+
+def _record(x: Array, out: Array | None, axis: object, like: Array, call: Any) -> Array:
+    same = out is not None and (out.strides, out.dtype) == (x.strides, x.dtype)
+    words = {
+        "kernel": call.machine_code[0],
+        "parameters": call.parameters.ctypes.data,
+        "axis": id(axis),
+        "descr": id(x.dtype),
+        "ndim": x.ndim,
+        "given": out is not None,
+        "out_descr": id(like.dtype),
+        "out_ndim": like.ndim,
+        "in_place": same and like.shape == x.shape,
+    }
+    for name, array in (("x", x), ("out", like)):
+        words[f"{name}_low"], words[f"{name}_high"] = _extent(array)
+    values = [int(words[name]) for name in RECORD]
+    return np.array([*values, *x.shape, *x.strides, *like.shape, *like.strides], np.int64)
 
 
 def _unready(table: Array | None, x: object, out: object, axis: object) -> object:
