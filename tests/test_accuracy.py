@@ -7,9 +7,6 @@ import pytest
 
 from . import cases, oracle
 from .cases import DISTRIBUTIONS, OPS
-from .conftest import each_library
-
-pytestmark = each_library
 
 LENGTHS = (1, 2, 3, 5, 8, 13, 16, 21, 34, 55, 64, 89, 144, 233, 377, 610, 987, 1597, 4181, 10946)
 LONG = (100_003, 1_000_000)

@@ -11,7 +11,6 @@ import nbsoftmax
 
 from . import cases, oracle
 from .cases import EMPTY_SHAPES, INF, NAN, OPS, VALUES, case_id
-from .conftest import each_library
 
 SAME_SHAPE = ("softmax", "log_softmax")
 
@@ -164,7 +163,6 @@ def test_empty_sum_fills_out_and_takes_weights(backend):
 OUT_SHAPES = cases.SOME_SHAPES
 
 
-@each_library
 @pytest.mark.parametrize("layout", ["c", "fortran", "strided", "reversed", "row_pitched",
                                     "unaligned", "byte_swapped", "rotated"])  # fmt: skip
 @pytest.mark.parametrize("dtype", cases.FLOATS)
@@ -359,7 +357,6 @@ OVERLAPS = {
 OVERLAP_SHAPES = [(30,), (5, 7), (12, 12), (3, 200), (300, 3), (40, 16), (6, 5, 4)]
 
 
-@each_library
 @pytest.mark.parametrize("overlap", OVERLAPS)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("shape", OVERLAP_SHAPES, ids=str)
@@ -393,7 +390,6 @@ def _bytes_outside(buffer, view):
     return buffer[~mark].tobytes()
 
 
-@each_library
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("n", [5, 40, 300])
 def test_logsumexp_may_write_into_its_input(n, dtype, backend, regime):
@@ -412,7 +408,6 @@ def test_logsumexp_may_write_into_its_input(n, dtype, backend, regime):
                                         oracle.Lanes.of(copy, axis).scale("logsumexp"))  # fmt: skip
 
 
-@each_library
 @pytest.mark.parametrize(("dtype", "narrow"), [("float64", "float32"), ("float32", "float16")])
 @pytest.mark.parametrize("half", [0, 1])
 def test_out_may_be_the_same_memory_as_another_dtype(half, dtype, narrow, backend, regime):
@@ -426,7 +421,6 @@ def test_out_may_be_the_same_memory_as_another_dtype(half, dtype, narrow, backen
             np.testing.assert_array_equal(out, expected)
 
 
-@each_library
 def test_out_may_overlap_weights_and_mask(backend, regime):
     a = cases.draw((30, 30), spread=2, offset=3)
     b = np.random.default_rng(0).uniform(0.5, 2, (30, 30))
@@ -466,7 +460,6 @@ WHERE_SHAPES = [
 ]
 
 
-@each_library
 @pytest.mark.parametrize("hide", [0.0, 0.1, 0.5, 0.97, 1.0])
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize(("shape", "mask"), WHERE_SHAPES, ids=str)
@@ -485,7 +478,6 @@ def test_where_hides_whatever_it_covers(shape, mask, dtype, hide, backend, regim
             oracle.assert_right(op, got, x, axis, where, lanes=exact)
 
 
-@each_library
 @pytest.mark.parametrize("trap", VALUES)
 def test_hidden_trap_changes_nothing_and_a_visible_one_does(trap, backend, regime):
     lane = VALUES[trap].lane("float64")
@@ -536,7 +528,6 @@ def test_where_may_be_a_list_or_a_python_bool(op, backend):
     oracle.assert_right(op, backend(op, x, where=False), x, where=np.array(False))
 
 
-@each_library
 @pytest.mark.parametrize("layout", ["fortran", "strided", "reversed", "broadcast_last_axis",
                                     "row_pitched", "read_only"])  # fmt: skip
 def test_layout_of_where_does_not_matter(layout, backend, regime):
@@ -559,7 +550,6 @@ def test_where_with_converted_dtypes(dtype, backend):
             oracle.assert_right(op, backend(op, x, axis, where=where), x, axis, where)
 
 
-@each_library
 def test_where_with_out_in_place(backend, regime):
     for op in SAME_SHAPE:
         x = cases.draw((20, 37), "float32")
@@ -601,7 +591,6 @@ def assert_weighted(got, a, b, dtype, sign=None):
     assert error <= cases.WEIGHTED_BUDGET_ULP, (got, log, float(error))
 
 
-@each_library
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("n", [1, 2, 7, 16, 33, 70, 400])
@@ -654,7 +643,6 @@ WEIGHTED = {
 }  # fmt: skip
 
 
-@each_library
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("trap", WEIGHTED)
 def test_trap_with_weights(trap, dtype, backend, regime):
@@ -745,7 +733,6 @@ def test_weights_with_out_and_keepdims(backend):
     np.testing.assert_array_equal(out[:, 0], expected)
 
 
-@each_library
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_layout_of_weights_does_not_matter(layout, backend, regime):
     a = cases.draw((5, 8), spread=2, offset=3)
@@ -767,7 +754,6 @@ def test_weights_that_do_not_broadcast_are_refused(backend):
 # -------------------------------------------------------------------- floating-point state
 
 
-@each_library
 @pytest.mark.parametrize("state", ["raise", "warn", "ignore"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int64"])
 @pytest.mark.parametrize("op", OPS)

@@ -10,7 +10,6 @@ from hypothesis.extra import numpy as hnp
 
 from . import cases, oracle
 from .cases import BUDGET_ULP, OPS
-from .conftest import each_library
 
 settings.register_profile(
     "nbsoftmax",
@@ -21,7 +20,7 @@ settings.register_profile(
 )
 settings.load_profile("nbsoftmax")
 
-pytestmark = [pytest.mark.parametrize("dtype", cases.FLOATS), each_library]
+pytestmark = pytest.mark.parametrize("dtype", cases.FLOATS)
 
 
 def finite(dtype, bound=None):

@@ -5,7 +5,6 @@ import pytest
 
 from . import cases, oracle
 from .cases import LAYOUTS, OPS, SHAPES, SOME_SHAPES, case_id
-from .conftest import each_library
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -16,7 +15,6 @@ def test_shape(shape, axis, dtype, op, backend):
     oracle.assert_right(op, backend(op, x, axis), x, axis)
 
 
-@each_library
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize(("shape", "axis"), SOME_SHAPES, ids=map(case_id, SOME_SHAPES))
 def test_shape_in_every_regime(shape, axis, dtype, regime, backend):
@@ -26,7 +24,6 @@ def test_shape_in_every_regime(shape, axis, dtype, regime, backend):
         oracle.assert_right(op, backend(op, x, axis), x, axis, lanes=lanes)
 
 
-@each_library
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize(("shape", "axis"), SOME_SHAPES, ids=map(case_id, SOME_SHAPES))

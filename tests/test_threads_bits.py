@@ -8,9 +8,6 @@ from nbsoftmax import _plan
 
 from . import cases
 from .cases import OPS, aligned_at, case_id
-from .conftest import each_library
-
-pytestmark = each_library
 
 SHAPES = (
     *cases.SOME_SHAPES,

@@ -5,7 +5,6 @@ import pytest
 
 from . import cases, oracle
 from .cases import OPS, SPECIALS, VALUES, WIDTHS
-from .conftest import each_library
 
 
 def alone(lane):
@@ -29,7 +28,6 @@ def among_columns(lane):
 ARRANGEMENTS = (alone, among_rows, among_columns)
 
 
-@each_library
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("trap", VALUES)
@@ -46,7 +44,6 @@ def test_trap_gives_the_contracts_answer(trap, dtype, op, backend, regime):
             np.testing.assert_array_equal(found, np.broadcast_to(expected, found.shape))
 
 
-@each_library
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("n", WIDTHS)
 @pytest.mark.parametrize("special", SPECIALS)
@@ -60,7 +57,6 @@ def test_special_number_acts_the_same_at_every_position(special, n, dtype, backe
             oracle.assert_right(op, backend(op, x, axis), x, axis, lanes=lanes)
 
 
-@each_library
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize(("runs", "length"), [(2, 3), (5, 4), (3, 17), (4, 16), (2, 33)])
 @pytest.mark.parametrize("special", SPECIALS)
@@ -109,7 +105,6 @@ def test_the_two_examples_of_the_contract(backend):
     assert backend("log_softmax", np.array([40.0, 0.0]))[0] == -4.248354255291589e-18
 
 
-@each_library
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 def test_a_lane_does_not_depend_on_its_neighbours(dtype, op, backend, regime):
