@@ -95,13 +95,15 @@ def _call(
     if fold is None:
         return None
     reduces = op == LOGSUMEXP
-    outer, n, inner = fold.outer, fold.n, fold.inner
+    outer, n, inner, x_outer = fold.outer, fold.n, fold.inner, fold.by_outer.x
+    if weighted:  # always rows; those of one number would fold as columns
+        (outer, n), inner, x_outer = shape, 1, strides[0]
     plan = _plan.plan(op, outer, n, inner, size, form.real.itemsize, clusters, weighted)
     x_n, out_n = (size, size) if inner == 1 else (fold.by_n.x, fold.by_n.out)
     out_outer = inner * size if reduces else fold.by_outer.out
     row = (n if plan.along else inner) * size
     steps = () if plan.along else (x_n,)
-    access = _plan.access(plan.width, size, at, row, fold.by_outer.x if outer > 1 else 0, *steps)
+    access = _plan.access(plan.width, size, at, row, x_outer if outer > 1 else 0, *steps)
     steps = () if plan.along else (out_n,)
     out_access = _plan.access(plan.width, size, out_at, row, out_outer if outer > 1 else 0, *steps)
     group = Group(plan.across, plan.deep, plan.clusters, plan.items)
@@ -112,7 +114,7 @@ def _call(
         return Step(job, units, ADDRESSES[stage], numbers)
 
     units = plan.units(outer, inner)
-    folded = outer, n, inner, fold.by_outer.x, x_n
+    folded = outer, n, inner, x_outer, x_n
     cut = plan.chunks, plan.length
     scratch = 0
     if not plan.chunks:
