@@ -136,6 +136,7 @@ def pytest_configure(config):
     if cuda_arrays.SIMULATED:
         # Its threads wait for one another: the interpreter must change between them more often.
         sys.setswitchinterval(3e-4)
+        cuda_arrays.share_arrays_for_good()
     config.addinivalue_line("markers", "every_backend: all cases, in the simulator too")
     config.addinivalue_line("markers", "skip_backend(*backends, reason): no such thing there")
     config.addinivalue_line("markers", "xfail_backend(*backends, reason): a stated deviation")
