@@ -614,6 +614,17 @@ def test_weights_multiply_the_exponentials(n, dtype, signed, backend, regime):
             assert_weighted(plain[i], *lane, dtype)
 
 
+@pytest.mark.every_backend
+@pytest.mark.parametrize("weight", [3.0, -0.25, 0.0, NAN])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_lanes_of_one_number_have_weights_too(dtype, weight, backend):
+    a = np.array([[700.0], [-3e4], [0.0]], dtype)
+    b = np.full_like(a, weight)
+    logs, signs = backend("logsumexp", a, 1, b=b, return_sign=True)
+    for lane in zip(logs, a, b, [dtype] * len(a), signs, strict=True):
+        assert_weighted(*lane)
+
+
 WEIGHTED = {
     "zero_hides_plus_inf": ([INF, 1.0], [0, 1]),
     "zero_hides_nan": ([NAN, 1.0, 2.0], [0, 1, 1]),
@@ -767,12 +778,13 @@ def test_no_warning_and_no_change_of_the_error_state(op, dtype, state, backend, 
         before = np.geterr()
         with np.errstate(under=state), warnings.catch_warnings():
             warnings.simplefilter("error")
-            for lane in lanes:
-                for x in (lane, np.stack([lane] * 3), np.stack([lane] * 3, 1)):
+            for length in {lane.size for lane in lanes}:
+                rows = np.stack([lane for lane in lanes if lane.size == length])
+                for x, axis in ((rows[0], 0), (rows, 1), (np.ascontiguousarray(rows.T), 0)):
                     backend(op, x)
-                    backend(op, x, 0)
-                    backend(op, x, 0, where=x != 0)
-                    backend(op, x, 0, out=np.zeros(result_shape(op, x.shape, 0)))
+                    backend(op, x, axis)
+                    backend(op, x, axis, where=x != 0)
+                    backend(op, x, axis, out=np.zeros(result_shape(op, x.shape, axis)))
         assert np.geterr() == before
 
 
