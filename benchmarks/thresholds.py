@@ -68,25 +68,18 @@ def _doubling(first: int, last: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def _rows(dtype: str) -> Arrays:
+    """Rows of each length, a million numbers in all."""
+    return lambda n: ((MIB // n, n), -1, dtype)
+
+
 _SHORT = (16, 24, 32, 48, 64, 80, 96, 128, 160)
 _BESIDE = (200, 250, 320, 400, 500, 640, 800, 1000)
 EXPERIMENTS: dict[str, Border | Size] = {
-    "short_float32_elements": Border(
-        _SHORT,
-        lambda n: ((MIB // n, n), -1, "float32"),
-    ),
-    "short_float64_elements": Border(
-        _SHORT,
-        lambda n: ((MIB // n, n), -1, "float64"),
-    ),
-    "beside_float32_elements": Border(
-        _BESIDE,
-        lambda n: ((MIB // n, n), -1, "float32"),
-    ),
-    "beside_float64_elements": Border(
-        _BESIDE,
-        lambda n: ((MIB // n, n), -1, "float64"),
-    ),
+    "short_float32_elements": Border(_SHORT, _rows("float32")),
+    "short_float64_elements": Border(_SHORT, _rows("float64")),
+    "beside_float32_elements": Border(_BESIDE, _rows("float32")),
+    "beside_float64_elements": Border(_BESIDE, _rows("float64")),
     "beside_rows": Size((2, 4, 8), ((1024, 256), -1, "float32"), {}),
     "lane_float32_bytes": Border(
         _doubling(32 * KIB, 2 * MIB),

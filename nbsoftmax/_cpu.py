@@ -99,9 +99,8 @@ def _call(
     threads = _pool.most_threads() if work_bytes >= _plan.LIMITS.serial_bytes else 1
     wakes = work_bytes >= _plan.LIMITS.wake_bytes
     if threads > 1:
-        group = {"short": width, "beside": job.panel}.get(job.walk, 1)
-        chunk = _plan.chunk_items(items, item_bytes, group, threads, wakes)
-    rows = block + 2 * width if job.walk in ("short", "beside") else block
+        chunk = _plan.chunk_items(items, item_bytes, job.group, threads, wakes)
+    rows = block + 2 * width if job.of_rows else block
     row = {"along": itemsize, "beside": job.panel * itemsize}.get(
         job.walk, job.panel * _plan.VECTOR_BYTES
     )
@@ -238,7 +237,7 @@ def _launch(
     past_cache = plan.past_cache and out_at % size == 0
     if across:
         past_cache = past_cache and alike and (shifted or out_at == 0)
-    of_rows = plan.walk in ("short", "beside")
+    of_rows = plan.walk in kernels.OF_ROWS
     if of_rows:  # whole lines of several rows
         whole = by_outer.out == n * size == n * real.itemsize
         past_cache = past_cache and whole and by_outer.out_jump == 0

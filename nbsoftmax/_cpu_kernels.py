@@ -58,6 +58,7 @@ PAIRS, PAIRS_SOFTMAX, PAIRS_LOGSUMEXP = "pairs", "pairs_softmax", "pairs_logsume
 MERGE, MERGE_LOGSUMEXP = "merge", "merge_logsumexp"
 APPLY_SOFTMAX, APPLY_LOG_SOFTMAX = "apply_softmax", "apply_log_softmax"
 COPY, READ = "copy", "read"  # yardsticks: the same walk without the mathematics
+OF_ROWS = ("short", "beside")  # walks whose items are groups of whole rows
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,16 @@ class Job:
     past_cache: bool = False  # stores that leave the cache to others; out lies on whole vectors
     weighted: bool = False
     runs: bool = False  # the walk's positions lie in runs; of groups of rows, the rows do
+
+    @property
+    def of_rows(self) -> bool:
+        return self.walk in OF_ROWS
+
+    @property
+    def group(self) -> int:
+        """Rows that are one item."""
+        width = VECTOR_BYTES // FORMATS[self.source].real.itemsize
+        return {"short": width, "beside": self.panel}.get(self.walk, 1)
 
 
 # The numbers a kernel is told, in this order: strides and steps in bytes.
@@ -208,18 +219,17 @@ class Kernel:
         self.beside = job.walk == "beside"
         self.along = job.walk == "along" or self.beside  # vectors of elements of one lane
         self.short = job.walk == "short"
-        self.of_rows = self.short or self.beside  # an item is a group of whole rows
+        self.of_rows, self.group = job.of_rows, job.group
         self.lane_in_runs = job.runs and not self.of_rows
+        self.vectors_in_runs = job.runs and job.walk == "along"  # each may be of another run
+        self.sends_vectors = job.past_cache and job.walk == "along"  # and not whole rows or panels
         # Across, the first stage copies what it reads: rows that are far apart compete for the same
         # few places of a cache, and would be read from memory by every stage. In runs, it does so
         # that the stage behind it walks one piece.
-        self.packs = STAGES[job.op][0] is Maximum and (
-            job.walk == "across" or (self.along and self.lane_in_runs)
-        )
+        self.packs = STAGES[job.op][0] is Maximum and (job.walk == "across" or self.vectors_in_runs)
         self.x, self.out, self.pairs, parameters, self.ticket = arguments
         for i, name in enumerate(PARAMETERS):
-            at = builder.add(parameters, self.int(8 * i))
-            setattr(self, name, builder.load(builder.inttoptr(at, I64.as_pointer())))
+            setattr(self, name, builder.load(_entry.word(builder, parameters, i)))
         self.panel = job.panel
         self.panel_elements = job.panel * self.o.width
         # Positions in one step of the walk; and in one of what it leaves, with so many vectors.
@@ -228,8 +238,6 @@ class Kernel:
             self.stride, self.rest = self.o.width, (self.o.width, self.panel)
         elif self.along:
             self.stride, self.rest = self.panel_elements, (self.o.width, 1)
-        # Rows that are one item.
-        self.group = self.o.width if self.short else job.panel if self.beside else 1
         self.sets = job.panel if self.beside or not self.along else 1  # sums that stay separate
         # Vectors that hold what becomes of them: beside one for all, whose elements are the rows.
         self.states = 1 if self.along else job.panel
@@ -378,7 +386,7 @@ class Kernel:
 
     def mask(self, r: Range, j: ir.Value, u: int) -> Vector:
         b = self.b
-        if self.along and self.lane_in_runs:
+        if self.vectors_in_runs:
             position = self.position(r, j, u)
             run = self.run_of(position, self.lane_runs)
             start = b.mul(run, self.run_positions)
@@ -450,22 +458,17 @@ class Kernel:
         base, first = start
         size = self.source.itemsize if array == "x" else self.result.itemsize
         row, jump = (getattr(self, f"{array}_row{part}") for part in ("", "_jump"))
-        if self.beside:
-            offset, step = self.b.mul(j, self.int(size)), getattr(self, f"{array}_outer")
-            for u in range(vectors):
-                line = self.b.add(self.b.add(base, self.b.mul(step, self.int(u))), offset)
-                for place in range(0, self.o.width * size, CACHE_LINE_BYTES):
-                    self.o.prefetch(self.b.add(line, self.int(place)), to_write=array == "out")
-            return
-        apart = self.along and self.lane_in_runs  # each vector may be of another run
+        apart = self.beside or self.vectors_in_runs
         length = self.o.width * size * (1 if apart else vectors)
         places = list(range(0, length, CACHE_LINE_BYTES))
-        if not self.along or apart:
+        if not self.along or self.vectors_in_runs:
             places.append(length - 1)  # another line, unless rows begin with one
         for u in range(vectors if apart else 1):
-            position = self.b.add(j, self.int(u * self.o.width))
-            jumps = self.jumps(self.b.add(first, position), jump)
-            line = self.at(self.b.add(base, jumps), position, row, 0, size)
+            position = j if self.beside else self.b.add(j, self.int(u * self.o.width))
+            further = self.jumps(self.b.add(first, position), jump)
+            if self.beside:
+                further = self.b.mul(getattr(self, f"{array}_outer"), self.int(u))
+            line = self.at(self.b.add(base, further), position, row, 0, size)
             for place in places:
                 self.o.prefetch(self.b.add(line, self.int(place)), to_write=array == "out")
 
@@ -496,11 +499,11 @@ class Kernel:
             for u, variable in enumerate(group):
                 variable.set(Vector(self.o, self.b.load(self.b.gep(place, [self.int(u)]))))
 
-    def own(self, states: list[Variable]) -> list[Vector]:
+    def own(self, states: list[Vector]) -> list[Vector]:
         """What each sum has of the states: beside, its element in every element of a vector."""
         if not self.beside:
-            return [state.get() for state in states]
-        packed, width = states[0].get(), self.o.width
+            return states
+        packed, width = states[0], self.o.width
         return [self.o.shuffle(packed, packed, [u] * width) for u in range(self.panel)]
 
     # -- the walk -----------------------------------------------------------------------------
@@ -543,7 +546,7 @@ class Kernel:
 
     def run_mask(self, stage: "Stage", j: ir.Value, u: int) -> Vector | None:
         """Along in runs, what of a vector belongs to one; sums are of a copy without gaps."""
-        gaps = self.along and self.lane_in_runs and not isinstance(stage, Sum)
+        gaps = self.vectors_in_runs and not isinstance(stage, Sum)
         return self.mask(stage.range, j, u) if gaps else None
 
     def turned_walk(self, stages: "list[Stage]", items: list[Item]) -> None:
@@ -783,12 +786,13 @@ class Terms(Stage):
     def scale(self, m: list[Variable]) -> None:
         """Fix the scales. Items of huge numbers, rare, are copied less their shift, and read so."""
         k, b, o = self.k, self.k.b, self.o
-        scales = [_scalars.scale(o, one.get()) for one in m]
+        maxima = [one.get() for one in m]
+        scales = [_scalars.scale(o, one) for one in maxima]
         shifts = [abs(by.shift) > o.const(0.0) for by in scales]
-        self.scales, self.maxima = scales, k.own(m)
-        if k.beside:
-            fields = [k.own([Variable(o, value)]) for value in vars(scales[0]).values()]
-            self.scales = [_scalars.Scale(*own) for own in zip(*fields, strict=True)]
+        self.maxima = k.own(maxima)
+        fields = [vars(by).values() for by in scales]
+        fields = [k.own(list(states)) for states in zip(*fields, strict=True)]
+        self.scales = [_scalars.Scale(*own) for own in zip(*fields, strict=True)]
         # What equals it is a largest element.
         self.peaks = [by.near for by in self.scales] if k.source.may_be_huge else self.maxima
         if k.job.weighted:
@@ -1113,7 +1117,8 @@ class Output(Stage):
 
     def parameters(self) -> None:
         for mine, passed in zip((self.first, self.second), self.k.finished, strict=True):
-            for variable, value in zip(mine, self.k.own(passed), strict=False):
+            own = self.k.own([variable.get() for variable in passed])
+            for variable, value in zip(mine, own, strict=False):
                 variable.set(value)
 
     def enter(self, item: Item) -> None:
@@ -1124,7 +1129,7 @@ class Output(Stage):
             free = self.lines.free()
             lines = [b.add(free, b.mul(k.out_outer, k.int(u))) for u in range(k.panel)]
             self.range = dataclasses.replace(self.range, out=lines)
-        if not (k.along and k.job.past_cache) or k.beside:
+        if not k.sends_vectors:
             return
         bytes_ = k.o.width * k.result.itemsize
         misaligned = b.and_(b.sub(k.int(0), item.out), k.int(bytes_ - 1))
@@ -1141,7 +1146,7 @@ class Output(Stage):
         """
         k, b = self.k, self.k.b
         self.ahead = k.early("out", self.current, next_item)
-        if k.along and k.job.past_cache and not k.beside:
+        if k.sends_vectors:
             size = b.mul(next_item.length, k.int(k.result.itemsize))
             for place in (next_item.out, b.add(next_item.out, size)):
                 self.o.prefetch(place, to_write=True)
@@ -1174,13 +1179,8 @@ class Output(Stage):
                 place = b.add(start, row)
                 with b.if_then(b.icmp_signed("<", k.int(i), item.columns)):
                     k.result.store(o, place, line, mask)
-        self.send()
 
     def leave(self) -> None:
-        if self.k.beside:
-            self.send()
-
-    def send(self) -> None:
         """The item's rows are whole now: let lines go that wait for no other row."""
         if self.lines is not None:
             k, b, item = self.k, self.k.b, self.current

@@ -22,7 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import _entry
-from ._entry import I64, ArrayObject
+from ._entry import BYTES, I64, ArrayObject, word
 
 Array = np.ndarray[Any, Any]
 
@@ -152,10 +152,7 @@ def _of_numpy() -> tuple[int, ...]:
 
 
 def _word(b: ir.IRBuilder, address: ir.Value, index: int | ir.Value) -> ir.Value:
-    if isinstance(index, int):
-        index = ir.Constant(I64, index)
-    place = b.add(address, b.mul(index, ir.Constant(I64, 8)))
-    return b.load(b.inttoptr(place, I64.as_pointer()))
+    return b.load(word(b, address, index))
 
 
 class _Record:
@@ -252,24 +249,28 @@ class _Find:
     def new(self, record: _Record, pyapi: Any) -> ir.Value:
         """A new result; 0 if there is no memory."""
         b = self.b
-        byte = ir.IntType(8).as_pointer()
-        none = ir.Constant(byte, None)
+        none = ir.Constant(BYTES, None)
         *_, shape, _ = record.lists()
-        descr = b.inttoptr(record.get("out_descr"), byte)
+        descr = b.inttoptr(record.get("out_descr"), BYTES)
         pyapi.incref(descr)  # which will belong to the array
         values = [
-            b.inttoptr(_word(b, self.table, NDARRAY), byte),
+            b.inttoptr(_word(b, self.table, NDARRAY), BYTES),
             descr,
             b.trunc(record.get("out_ndim"), I32),
-            b.inttoptr(shape, byte),
+            b.inttoptr(shape, BYTES),
             none,
             none,
             ir.Constant(I32, 0),
             none,
         ]
-        kind = ir.FunctionType(byte, [value.type for value in values]).as_pointer()
-        function = b.inttoptr(_word(b, self.table, NEW_FROM_DESCR), kind)
-        return b.ptrtoint(b.call(function, values), I64)
+        return self.of_numpy(NEW_FROM_DESCR, values)
+
+    def of_numpy(self, function: int, values: list[ir.Value]) -> ir.Value:
+        """What a function of NumPy returns, an object."""
+        b = self.b
+        kind = ir.FunctionType(BYTES, [value.type for value in values]).as_pointer()
+        place = b.inttoptr(_word(b, self.table, function), kind)
+        return b.ptrtoint(b.call(place, values), I64)
 
     def run(self, record: _Record, out: ir.Value) -> None:
         zero = ir.Constant(I64, 0)
@@ -280,13 +281,10 @@ class _Find:
     def scalar(self, record: _Record, out: ir.Value) -> ir.Value:
         """A result without axes as a scalar; the array is gone then."""
         b = self.b
-        byte = ir.IntType(8).as_pointer()
         result = cgutils.alloca_once_value(b, out)
         no_axes = b.icmp_signed("==", record.get("out_ndim"), ir.Constant(I64, 0))
         with b.if_then(no_axes):
-            function = _word(b, self.table, RETURN)
-            function = b.inttoptr(function, ir.FunctionType(byte, [byte]).as_pointer())
-            b.store(b.ptrtoint(b.call(function, [b.inttoptr(out, byte)]), I64), result)
+            b.store(self.of_numpy(RETURN, [b.inttoptr(out, BYTES)]), result)
         return b.load(result)
 
 
@@ -294,7 +292,6 @@ class _Find:
 def _emit_find(typing_context: Any, table: Any, x: Any, out: Any, axis: Any) -> Any:
     def generate(context: Any, b: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         pyapi = context.get_python_api(b)
-        byte = ir.IntType(8).as_pointer()
         none = b.ptrtoint(pyapi.borrow_none(), I64)
         f = _Find(b, list(arguments))
         answer = cgutils.alloca_once(b, I64)
@@ -318,7 +315,7 @@ def _emit_find(typing_context: Any, table: Any, x: Any, out: Any, axis: Any) -> 
         b.position_at_end(given)
         f.compare_out(record)
         f.run(record, f.out.address)
-        pyapi.incref(b.inttoptr(f.out.address, byte))
+        pyapi.incref(b.inttoptr(f.out.address, BYTES))
         b.store(f.out.address, answer)
         b.branch(leave)
 

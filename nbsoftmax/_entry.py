@@ -16,10 +16,21 @@ from numba.extending import NativeValue, box, models, register_model, unbox
 log = logging.getLogger(__name__)
 
 I64 = ir.IntType(64)
+BYTES = ir.IntType(8).as_pointer()  # what C calls a void pointer
+WORD_BYTES = 8
+HEAD_WORDS = object.__basicsize__ // WORD_BYTES  # of every object
 
 # -- arguments that are an address and nothing else -----------------------------------------------
 # Reading the data pointer takes one instruction; unboxing a Numba array takes 0.1 us, and compiles
 # again for every number of dimensions.
+
+
+def word(b: ir.IRBuilder, address: ir.Value, index: int | ir.Value) -> ir.Value:
+    """A pointer to one of the words at an address."""
+    if isinstance(index, int):
+        index = ir.Constant(I64, index)
+    place = b.add(address, b.mul(index, ir.Constant(I64, WORD_BYTES)))
+    return b.inttoptr(place, I64.as_pointer())
 
 
 class ArrayObject:
@@ -32,20 +43,20 @@ class ArrayObject:
         self.b = builder
         self.address = address
 
-    def _word_at(self, offset: int, kind: ir.Type) -> ir.Value:
-        place = self.b.add(self.address, ir.Constant(I64, offset))
-        return self.b.load(self.b.inttoptr(place, kind.as_pointer()))
+    def _word(self, index: int) -> ir.Value:
+        return word(self.b, self.address, index)
 
     @property
     def kind(self) -> ir.Value:
         """The object's type, the last word of every object's head."""
-        return self._word_at(object.__basicsize__ - 8, I64)
+        return self.b.load(self._word(HEAD_WORDS - 1))
 
     def __getattr__(self, name: str) -> ir.Value:
-        offset = object.__basicsize__ + 8 * self.FIELDS.index(name)
+        place = self._word(HEAD_WORDS + self.FIELDS.index(name))
         if name in self.INTS:
-            return self.b.sext(self._word_at(offset, ir.IntType(32)), I64)
-        return self._word_at(offset, I64)
+            half = self.b.bitcast(place, ir.IntType(32).as_pointer())
+            return self.b.sext(self.b.load(half), I64)
+        return self.b.load(place)
 
 
 class Address(types.Type):
@@ -160,10 +171,9 @@ def ready(
 
 def call_address(b: ir.IRBuilder, address: ir.Value, arguments: list[ir.Value]) -> None:
     """Call an `Entry` that raises nothing and returns None at its address, with words."""
-    byte = ir.IntType(8).as_pointer()
-    kinds = [byte.as_pointer(), byte.as_pointer(), *[I64] * len(arguments)]
+    kinds = [BYTES.as_pointer(), BYTES.as_pointer(), *[I64] * len(arguments)]
     kind = ir.FunctionType(ir.IntType(32), kinds).as_pointer()
-    places = [cgutils.alloca_once(b, byte) for _ in range(2)]
+    places = [cgutils.alloca_once(b, BYTES) for _ in range(2)]
     b.call(b.inttoptr(address, kind), [*places, *arguments])
 
 

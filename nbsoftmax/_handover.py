@@ -73,8 +73,7 @@ class _Box:
         self.address = address
 
     def word(self, index: int) -> ir.Value:
-        place = self.b.add(self.address, ir.Constant(I64, 8 * index))
-        return self.b.inttoptr(place, I64.as_pointer())
+        return _entry.word(self.b, self.address, index)
 
     def read(self, index: int) -> ir.Value:
         return self.b.load_atomic(self.word(index), "acquire", 8)
@@ -168,7 +167,7 @@ def _emit_lend(
 ) -> Any:
     def generate(context: Any, b: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         first, count, kernel, *values = arguments
-        words = [b.load(_Box(b, kernel).word(0)), *values]
+        words = [b.load(_entry.word(b, kernel, 0)), *values]
         parameters, ticket = values[-2:]
         helps = [*words[:-1], b.or_(ticket, ir.Constant(I64, 1))]  # an odd ticket
         size = ir.Constant(I64, 8 * BOX_WORDS)
@@ -179,8 +178,8 @@ def _emit_lend(
             """A loop over the boxes, with the place that keeps each one's count of calls."""
             with cgutils.for_range(b, count, intp=I64) as loop:
                 box = _Box(b, b.add(first, b.mul(loop.index, size)))
-                offset = b.mul(b.add(loop.index, ir.Constant(I64, BEGAN)), ir.Constant(I64, 8))
-                yield box, b.inttoptr(b.add(ticket, offset), I64.as_pointer())
+                began = b.add(loop.index, ir.Constant(I64, BEGAN))
+                yield box, _entry.word(b, ticket, began)
 
         for box, place in each():
             b.store(nobody, place)
@@ -200,7 +199,7 @@ def _emit_lend(
                 with b.if_then(b.not_(withdrawn)):
                     _count(b, helped)
                     _wait(b, box, before, place, late)
-        items = b.load(_Box(b, parameters).word(ITEMS))
+        items = b.load(_entry.word(b, parameters, ITEMS))
         missing = b.icmp_signed("!=", _Box(b, ticket).read(FINISHED), items)
         missing = b.or_(missing, b.icmp_signed("!=", b.load(late), zero))
         in_vain = b.icmp_signed("<", b.load(helped), b.load(asked))

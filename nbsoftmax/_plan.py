@@ -51,12 +51,12 @@ class Limits:
     few_panels_bytes: int = 32 * 1024
     # Fewer neighbouring lanes than this leave a vector too empty: such arrays are packed to rows.
     narrow_elements: int = 4
-    # Below this one thread is done before it could have told another; below the second, only those
-    # that listen help: to wake one takes 30 to 50 us (Zen 4), and where the system first puts it
-    # on its caller's core, as some virtual machines do, both lose 100 to 200 us.
     # Up to this, machine code finds a call that is known (`_direct`), and holds the interpreter's
     # lock meanwhile: 5 us in float32, 10 in float64.
     direct_bytes: int = 64 * 1024
+    # Below this one thread is done before it could have told another; below the second, only those
+    # that listen help: to wake one takes 30 to 50 us (Zen 4), and 100 to 200 where a virtual
+    # machine's core sleeps, too.
     serial_bytes: int = 192 * 1024
     wake_bytes: int = 4 * 1024 * 1024
     # Work is taken in chunks: some for each thread, so that all end together, but none so small
