@@ -45,13 +45,11 @@ class Call:
 
     def __call__(self, x: Array, out: Array, pairs: Array | None, threads: int) -> None:
         together = threads > 1 and self.parallel
-        who = _pool.who_shares(threads, self.wakes) if together else _pool.NOBODY
-        if who == _pool.ALL:
-            threads = _pool.with_cores(threads)
-        if who == _pool.NOBODY or threads == 1:
+        threads = _pool.sharers(threads, self.wakes) if together else 1
+        if threads == 1:
             self.kernel(x, out, pairs, self.parameters, None)
         else:
-            _pool.share(_Running(self, x, out, pairs, threads, who == _pool.ALL), threads)
+            _pool.share(_Running(self, x, out, pairs, threads), threads)
         if together and not self.wakes:
             _pool.short_ended()
 
@@ -61,10 +59,8 @@ class _Running(_pool.Job):
 
     __slots__ = ("call", "loan", "wakes")
 
-    def __init__(
-        self, call: Call, x: Array, out: Array, pairs: Array | None, threads: int, wakes: bool
-    ) -> None:
-        self.call, self.wakes = call, wakes
+    def __init__(self, call: Call, x: Array, out: Array, pairs: Array | None, threads: int) -> None:
+        self.call, self.wakes = call, call.wakes
         ticket = _handover.ticket(threads)
         self.loan = (call.machine_code, x, out, pairs, call.parameters, ticket)
 

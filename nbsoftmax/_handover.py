@@ -37,6 +37,8 @@ BOX_WORDS = 16  # two cache lines: neighbours do not disturb each other
 # A helper gives up after so many looks, about 70 us (Zen 4): longer than a caller takes from one
 # call to the next, and no more than waking up would have cost.
 LOOKS = 4000
+# One who was woken to listen comes in the middle of a call, and waits for its caller's next one.
+LOOKS_WHEN_WOKEN = 8 * LOOKS
 # A caller that waited so long leaves it to the interpreter, which lets others run meanwhile.
 PATIENCE = 100_000
 # What `lend` says: all is done; all is done, but somebody who seemed to listen did not begin, as on
@@ -97,29 +99,27 @@ class _Box:
         return self.b.add(counted, ir.Constant(I64, OFFERED))
 
 
-def _count(b: ir.IRBuilder, counter: ir.Value) -> ir.Value:
+def _count(b: ir.IRBuilder, counter: ir.Value, by: int = 1) -> ir.Value:
     """One more, and how many there are now."""
-    count = b.add(b.load(counter), ir.Constant(I64, 1))
+    count = b.add(b.load(counter), ir.Constant(I64, by))
     b.store(count, counter)
     return count
 
 
-def _looked(b: ir.IRBuilder, counter: ir.Value, most: int) -> ir.Value:
-    """Count a look in vain, and pause; whether that were ``most``."""
+def _looked(b: ir.IRBuilder, left: ir.Value) -> ir.Value:
+    """Count a look in vain, and pause; whether none are ``left``."""
     if platform.machine() in ("x86_64", "AMD64"):
         kind = ir.FunctionType(ir.VoidType(), [])
         b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse2.pause"), [])
-    return b.icmp_signed(">=", _count(b, counter), ir.Constant(I64, most))
+    return b.icmp_signed("<=", _count(b, left, -1), ir.Constant(I64, 0))
 
 
 @intrinsic
-def _emit_listen(typing_context: Any, box: Any) -> Any:
+def _emit_listen(typing_context: Any, box: Any, looks: Any) -> Any:
     def generate(context: Any, b: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         box = _Box(b, arguments[0])
         box.write(STATE, LISTENING)
-        counter = cgutils.alloca_once(b, I64)
-        zero = ir.Constant(I64, 0)
-        b.store(zero, counter)
+        left = cgutils.alloca_once_value(b, arguments[1])
         look, work = b.append_basic_block("look"), b.append_basic_block("work")
         rest, leave = b.append_basic_block("rest"), b.append_basic_block("leave")
         b.branch(look)
@@ -138,11 +138,11 @@ def _emit_listen(typing_context: Any, box: Any) -> Any:
         # In this order: whoever offers next must see the count that its own call will raise.
         box.write(DONE, b.add(box.read(DONE), ir.Constant(I64, 1)))
         box.write(STATE, LISTENING)
-        b.store(zero, counter)
+        b.store(ir.Constant(I64, LOOKS), left)
         b.branch(look)
 
         b.position_at_end(rest)
-        tired = _looked(b, counter, LOOKS)
+        tired = _looked(b, left)
         with b.if_then(tired, likely=False), b.if_then(box.change(LISTENING, AWAY)):
             b.branch(leave)
         b.branch(look)
@@ -150,7 +150,7 @@ def _emit_listen(typing_context: Any, box: Any) -> Any:
         b.position_at_end(leave)
         return context.get_dummy_value()
 
-    return types.void(box), generate
+    return types.void(box, looks), generate
 
 
 @intrinsic
@@ -212,15 +212,14 @@ def _emit_lend(
 
 def _wait(b: ir.IRBuilder, box: _Box, before: ir.Value, place: ir.Value, late: ir.Value) -> None:
     """Until the box has run its call, which ``place`` says then, or until it is too ``late``."""
-    counter = cgutils.alloca_once(b, I64)
-    b.store(ir.Constant(I64, 0), counter)
+    left = cgutils.alloca_once_value(b, ir.Constant(I64, PATIENCE))
     look, rest = b.append_basic_block("wait"), b.append_basic_block("wait_on")
     done, leave = b.append_basic_block("done"), b.append_basic_block("waited")
     b.branch(look)
     b.position_at_end(look)
     b.cbranch(b.icmp_signed("==", box.read(DONE), before), rest, done)
     b.position_at_end(rest)
-    with b.if_then(_looked(b, counter, PATIENCE)):
+    with b.if_then(_looked(b, left)):
         b.store(ir.Constant(I64, 1), late)
         b.branch(leave)
     b.branch(look)
@@ -230,8 +229,8 @@ def _wait(b: ir.IRBuilder, box: _Box, before: ir.Value, place: ir.Value, late: i
     b.position_at_end(leave)
 
 
-def _listen(box):  # type: ignore[no-untyped-def]
-    _emit_listen(box)
+def _listen(box, looks):  # type: ignore[no-untyped-def]
+    _emit_listen(box, looks)
 
 
 def _lend(boxes, count, kernel, x, out, pairs, parameters, ticket):  # type: ignore[no-untyped-def]
@@ -251,10 +250,13 @@ def prepare() -> None:
 
 @functools.cache
 def listen() -> Any:
-    """``listen(box)``: run the calls that are offered there, until none comes for a while."""
+    """``listen(box, looks)``: run the calls that are offered there, until none comes for a while.
+
+    That is so many ``looks`` for the first one, and `LOOKS` for each further one.
+    """
     if config.DISABLE_JIT:
-        return lambda box: None
-    return _entry.ready(_listen, ["listen"], (_entry.ADDRESS,)).call
+        return lambda box, looks: None
+    return _entry.ready(_listen, ["listen"], (_entry.ADDRESS, types.int64)).call
 
 
 @functools.cache

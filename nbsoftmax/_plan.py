@@ -68,7 +68,7 @@ class Limits:
     # Outputs larger than this (half of the last-level cache) are stored past the cache.
     past_cache_bytes: int = 16 * 1024 * 1024
     # Short rows sooner: they are written 16 at a time, and each of their lines would be waited for.
-    short_past_cache_bytes: int = 6 * 1024 * 1024
+    short_past_cache_bytes: int = 10 * 1024 * 1024
     # What large results leave is kept for the next ones, up to so much.
     kept_bytes: int = 256 * 1024 * 1024
     # Items up to this long are fetched while the item before them is worked on: so nothing is

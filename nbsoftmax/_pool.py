@@ -37,9 +37,8 @@ WAKE_AGAIN_NS = 1_000_000
 # Short calls run alone for so long after a helper that seemed to listen had no core, and after one
 # that began had to be waited for.
 ALONE_NS = {_handover.UNHEARD: 1_000_000, _handover.LATE: 100_000_000}
-NOBODY, LISTENERS, ALL = range(3)  # who shares a job
 
-_jobs: "queue.SimpleQueue[list[Work]]" = queue.SimpleQueue()
+_jobs: "queue.SimpleQueue[list[Work] | None]" = queue.SimpleQueue()  # None: come and listen
 _helpers: list[threading.Thread] = []
 _hiring = threading.Lock()
 _boxes: Any = None  # one for each helper
@@ -96,18 +95,21 @@ def thread_count() -> int:
 
 
 def with_cores(threads: int) -> int:
-    """So many threads, or as many as have a core that nobody else uses: asked before waking."""
+    """So many threads, or as many as have a core that nobody else uses."""
     return _cores.for_threads(threads, lambda: _listening(_boxes))
 
 
-def _help(jobs: "queue.SimpleQueue[list[Work]]", box: Any) -> None:
+def _help(jobs: "queue.SimpleQueue[list[Work] | None]", box: Any) -> None:
     listen = _handover.listen()
     while True:
-        offer = jobs.get()
-        with contextlib.suppress(IndexError):  # done without us
-            offer.pop()()
+        offer, looks = jobs.get(), _handover.LOOKS
+        if offer is None:
+            looks = _handover.LOOKS_WHEN_WOKEN
+        else:
+            with contextlib.suppress(IndexError):  # done without us
+                offer.pop()()
         del offer  # while waiting, no array is kept alive
-        listen(box)
+        listen(box, looks)
 
 
 def _hire(count: int) -> None:
@@ -130,6 +132,17 @@ def _hire(count: int) -> None:
         _hiring.release()
 
 
+def _wake(count: int, threads: int, offer: list[Work] | None) -> None:
+    """Wake so many of the ``threads - 1`` helpers, each on a core of its own."""
+    if count == 0:
+        return
+    if len(_helpers) < threads - 1:
+        _hire(threads - 1)
+    _cores.send(_helpers)
+    for _ in range(count):
+        _jobs.put(offer)
+
+
 def share(job: Job, threads: int) -> None:
     """Run the job here and in up to ``threads - 1`` helpers, until it is finished.
 
@@ -140,10 +153,6 @@ def share(job: Job, threads: int) -> None:
     boxes = _hired(threads) if loan else None
     listening = _listening(boxes)
     asleep = threads - 1 - listening if job.wakes else 0
-    if asleep:
-        if len(_helpers) < threads - 1:
-            _hire(threads - 1)
-        _cores.send(_helpers)
     ended: list[None] = []
     offer: list[Work] = []
 
@@ -155,8 +164,7 @@ def share(job: Job, threads: int) -> None:
 
     try:
         offer += [helping] * asleep
-        for _ in range(asleep):
-            _jobs.put(offer)
+        _wake(asleep, threads, offer)
         if listening:
             if _lend(boxes, loan):
                 return
@@ -178,28 +186,30 @@ def share(job: Job, threads: int) -> None:
         offer.clear()
 
 
-def who_shares(threads: int, wakes: bool) -> int:
-    """Who is to share a job: all, if it ``wakes`` helpers that sleep.
+def sharers(threads: int, wakes: bool) -> int:
+    """How many threads are to share a job: this one, and of those that ``wakes`` helpers, all.
 
-    It is not worth waking anybody for a short job alone: those that listen share it. If nobody
-    does, and such jobs follow each other closely, all helpers are woken: they may come too late for
-    this one, but will hear the next.
+    It is not worth waking anybody for a short job: those that listen share it. If nobody does, and
+    such jobs follow each other closely, all helpers are woken to hear the next. This one does not
+    wait for them, who take as long to come as it takes, and nobody asks for cores before they have.
     """
     global _woken, _wake_again
     if wakes:
-        return ALL
+        return with_cores(threads)
     now = time.perf_counter_ns()
     if now < _alone_until:
-        return NOBODY
+        return 1
     if _listening(_hired(threads)):
-        _wake_again = WAKE_AGAIN_NS
-        return LISTENERS
+        threads = with_cores(threads)
+        if threads > 1:
+            _wake_again = WAKE_AGAIN_NS
+        return threads
     thread, ended = _last_short
     closely = thread == threading.get_ident() and now - ended < CLOSELY_NS
-    if not closely or now - _woken <= _wake_again:
-        return NOBODY
-    _woken, _wake_again = now, min(2 * _wake_again, ALONE_NS[_handover.LATE])
-    return ALL
+    if closely and now - _woken > _wake_again:
+        _woken, _wake_again = now, min(2 * _wake_again, ALONE_NS[_handover.LATE])
+        _wake(threads - 1, threads, None)
+    return 1
 
 
 def short_ended() -> None:

@@ -1,6 +1,7 @@
 """Calls handed to listening helpers: who runs them, and what happens if nobody does."""
 
 import ctypes
+import queue
 import threading
 import time
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from numba import config
 
-from nbsoftmax import _cpu, _handover, _plan, _pool
+from nbsoftmax import _cores, _cpu, _handover, _plan, _pool
 
 from .conftest import Backend
 from .oracle import assert_right
@@ -40,7 +41,7 @@ def lend(boxes, call, x, out):
 
 def test_who_listens_in_vain_goes_away():
     (box,) = _handover.boxes(1)
-    _handover.listen()(box)
+    _handover.listen()(box, _handover.LOOKS)
     assert box.tolist() == [_handover.AWAY] + [0] * (box.size - 1)
 
 
@@ -94,7 +95,7 @@ def test_a_listener_runs_what_it_is_offered(call):
 
     def listen():
         while not stop.is_set():
-            _handover.listen()(boxes[0])
+            _handover.listen()(boxes[0], _handover.LOOKS)
 
     helper = threading.Thread(target=listen, daemon=True)
     helper.start()
@@ -140,8 +141,10 @@ def pool(monkeypatch):
         "_woken": 0,
         "_wake_again": _pool.WAKE_AGAIN_NS,
         "_alone_until": 0,
+        "_jobs": queue.SimpleQueue(),
     }.items():
         monkeypatch.setattr(_pool, name, value)
+    monkeypatch.setattr(_cores, "send", lambda helpers: None)
     told = SimpleNamespace(perf_counter_ns=lambda: next(clock), sleep=time.sleep)
     monkeypatch.setattr(_pool, "time", told)  # the pool's alone
     return boxes, at
@@ -150,38 +153,56 @@ def pool(monkeypatch):
 def test_short_calls_are_shared_with_listeners(pool):
     boxes, at = pool
     at(10**9, 2 * 10**9)
-    assert _pool.who_shares(2, wakes=False) == _pool.NOBODY
+    assert _pool.sharers(2, wakes=False) == 1
     boxes[0, STATE] = _handover.LISTENING
-    assert _pool.who_shares(2, wakes=False) == _pool.LISTENERS
+    assert _pool.sharers(2, wakes=False) == 2
 
 
 def test_short_calls_in_a_loop_wake_helpers_and_ever_more_rarely_in_vain(pool):
     _, at = pool
     step = _pool.CLOSELY_NS // 2
     at(*range(10**9, 10**9 + 2000 * step, step))
-    shares = []
-    for _ in range(1000):
-        shares.append(_pool.who_shares(2, wakes=False))
+    wakings = []
+    for i in range(1000):
+        assert _pool.sharers(2, wakes=False) == 1
         _pool.short_ended()
-    assert shares[:2] == [_pool.NOBODY, _pool.ALL]  # the second call follows closely
-    wakings = np.flatnonzero(np.equal(shares, _pool.ALL))
+        while not _pool._jobs.empty():
+            assert _pool._jobs.get() is None  # no job that anybody would wait for
+            wakings.append(i)
+    assert wakings[0] == 1  # the second call follows closely
     assert len(wakings) > 3
     assert all(np.diff(np.diff(wakings)) > 0)
-    assert _pool.LISTENERS not in shares
 
 
 def test_short_calls_far_apart_or_of_other_threads_wake_nobody(pool):
     _, at = pool
     at(*range(10**9, 2 * 10**9, _pool.CLOSELY_NS))
     for _ in range(10):
-        assert _pool.who_shares(2, wakes=False) == _pool.NOBODY
+        assert _pool.sharers(2, wakes=False) == 1
         _pool.short_ended()
     at(*range(3 * 10**9, 4 * 10**9, 1000))
     for _ in range(10):
-        assert _pool.who_shares(2, wakes=False) == _pool.NOBODY
+        assert _pool.sharers(2, wakes=False) == 1
         other = threading.Thread(target=_pool.short_ended)
         other.start()
         other.join()
+    assert _pool._jobs.empty()
+
+
+def test_who_is_woken_to_listen_waits_as_long_as_told_but_once(call):
+    """For its caller's next call, which may take long to come; after it as long as all."""
+    kernel, x, out = call
+    boxes = _handover.boxes(1)
+    for_ever = (boxes[0], 1 << 60)
+    helper = threading.Thread(target=_handover.listen(), args=for_ever, daemon=True)
+    helper.start()
+    time.sleep(0.05)
+    assert boxes[0, STATE] == _handover.LISTENING
+    while boxes[0, DONE] == 0:  # it has the core that it needs sooner or later
+        lend(boxes, kernel, x, out)
+    helper.join(60)
+    assert not helper.is_alive()
+    assert boxes[0, STATE] == _handover.AWAY
 
 
 def test_short_calls_run_alone_after_a_helper_had_no_core(pool, call):
@@ -190,9 +211,9 @@ def test_short_calls_run_alone_after_a_helper_had_no_core(pool, call):
     kernel, x, out = call
     boxes[0, STATE] = _handover.LISTENING
     at(10**9, 10**9 + 1, 10**9 + 2, 10**9 + 1 + _pool.ALONE_NS[_handover.UNHEARD])
-    assert _pool.who_shares(2, wakes=False) == _pool.LISTENERS
+    assert _pool.sharers(2, wakes=False) == 2
     kernel(x, out, None, 2)
     assert boxes[0, STATE] == _handover.LISTENING
-    assert _pool.who_shares(2, wakes=False) == _pool.NOBODY
-    assert _pool.who_shares(2, wakes=False) == _pool.LISTENERS
+    assert _pool.sharers(2, wakes=False) == 1
+    assert _pool.sharers(2, wakes=False) == 2
     assert_right("softmax", out, x, 1)
