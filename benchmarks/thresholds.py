@@ -81,13 +81,9 @@ EXPERIMENTS: dict[str, Border | Size] = {
     "beside_float32_elements": Border(_BESIDE, _rows("float32")),
     "beside_float64_elements": Border(_BESIDE, _rows("float64")),
     "beside_rows": Size((2, 4, 8), ((1024, 256), -1, "float32"), {}),
-    "lane_float32_bytes": Border(
-        _doubling(32 * KIB, 2 * MIB),
-        lambda size: ((32, size // 4), -1, "float32"),
-    ),
-    "lane_float64_bytes": Border(
-        _doubling(32 * KIB, 2 * MIB),
-        lambda size: ((32, size // 8), -1, "float64"),
+    "lane_bytes": Border(
+        _doubling(32 * KIB, 4 * MIB),
+        lambda size: ((64, size // 4), -1, "float32"),
     ),
     "block_bytes": Size(
         _doubling(8 * KIB, 512 * KIB), ((1, 4 * MIB), -1, "float32"), {"few_lanes_bytes": 0}
@@ -96,7 +92,7 @@ EXPERIMENTS: dict[str, Border | Size] = {
         (1, 2, 4, 8, 16, 32, 64),
         lambda lanes: ((lanes, 40_000), -1, "float32"),
         {"few_lanes_bytes": 0},
-        {"lane_float32_bytes": NEVER},
+        {"lane_bytes": NEVER},
     ),
     "few_lanes_bytes": Border(
         _doubling(16 * KIB, MIB),

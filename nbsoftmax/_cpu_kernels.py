@@ -58,6 +58,9 @@ PAIRS, PAIRS_SOFTMAX, PAIRS_LOGSUMEXP = "pairs", "pairs_softmax", "pairs_logsume
 MERGE, MERGE_LOGSUMEXP = "merge", "merge_logsumexp"
 APPLY_SOFTMAX, APPLY_LOG_SOFTMAX = "apply_softmax", "apply_log_softmax"
 COPY, READ = "copy", "read"  # yardsticks: the same walk without the mathematics
+# Along, steps of the walk after which sums are set aside: so what a sum of 2^18 numbers loses does
+# not show. Other walks are of shorter lanes.
+SEGMENT_STEPS = 128
 OF_ROWS = ("short", "beside")  # walks whose items are groups of whole rows
 
 
@@ -514,35 +517,66 @@ class Kernel:
         ``items`` begins with the one that comes next, and ends with the last stage's.
         """
         common = functools.reduce(self.smaller, [stage.range.full for stage in stages])
-        first, last = stages[0], stages[-1]
-        first.look_ahead(items[0])
-        last.look_ahead_out(items[-2])
-        with self.o.loop(self.int(0), common, self.stride) as j:
-            first.prefetch(j, self.panel)
-            last.prefetch_out(j)
-            # The last stage reads the scratch that the stage before it fills. Along, there is a
-            # second reason to load before anything is stored: a load waits for a store before it
-            # whose place in a page it overlaps in part, as rows of x and out often do.
-            steps = [(stage, u) for stage in reversed(stages) for u in range(self.panel)]
-            groups = [steps] if self.along else [[step] for step in steps]
-            for group in groups:
-                masks = [self.run_mask(stage, j, u) for stage, u in group]
-                masked = list(zip(group, masks, strict=True))
-                values = [stage.read(j, u, mask) for (stage, u), mask in masked]
-                for ((stage, u), mask), value in zip(masked, values, strict=True):
-                    stage.step(j, u, mask, value)
-        # Along, what is left is taken by single vectors.
-        step, vectors = self.rest
+        stages[0].look_ahead(items[0])
+        stages[-1].look_ahead_out(items[-2])
+        self.steps(stages, self.int(0), common)
         for stage in reversed(stages):
-            with self.o.loop(common, stage.range.end, step) as j:
-                if stage is first:
-                    first.prefetch(j, vectors)
-                masks = [self.mask(stage.range, j, u) for u in range(vectors)]
-                values = [stage.read(j, u, mask) for u, mask in enumerate(masks)]
-                for u, (mask, value) in enumerate(zip(masks, values, strict=True)):
-                    stage.step(j, u, mask, value)
+            left = common
+            # What a sum is joined of must not depend on the items that are walked with it.
+            if self.job.walk == "along":
+                left = stage.range.full
+                self.steps([stage], common, left, stages[0])
+            self.steps([stage], left, stage.range.end, stages[0], masked=True)
         for stage in reversed(stages):
             stage.leave()
+
+    def steps(
+        self,
+        stages: "list[Stage]",
+        start: ir.Value,
+        end: ir.Value,
+        first: "Stage | None" = None,
+        masked: bool = False,
+    ) -> None:
+        """The steps of some stages together.
+
+        ``first`` is the first of all stages, which prefetches. Along, what needs a mask is taken by
+        single vectors.
+        """
+        step, vectors = self.rest if masked else (self.stride, self.panel)
+        # The last stage reads the scratch that the stage before it fills. Along, there is a second
+        # reason to load before anything is stored: a load waits for a store before it whose place
+        # in a page it overlaps in part, as rows of x and out often do.
+        turns = [(stage, u) for stage in reversed(stages) for u in range(vectors)]
+        groups = [turns] if self.along else [[turn] for turn in turns]
+        mask_of = self.mask_of if masked else self.run_mask
+
+        sums = [stage for stage in stages if isinstance(stage, Sum)]
+        with self.o.loop(start, end, step) as j:
+            if first in (None, stages[0]):
+                stages[0].prefetch(j, vectors)
+            if first is None:
+                stages[-1].prefetch_out(j)
+            for group in groups:
+                masks = [mask_of(stage, j, u) for stage, u in group]
+                masked_turns = list(zip(group, masks, strict=True))
+                values = [stage.read(j, u, mask) for (stage, u), mask in masked_turns]
+                for ((stage, u), mask), value in zip(masked_turns, values, strict=True):
+                    stage.step(j, u, mask, value)
+            self.pause(sums, self.b.add(j, self.int(step)))
+
+    def pause(self, sums: "list[Sum]", behind: ir.Value) -> None:
+        """Let sums pause where a segment of the lane ends."""
+        if self.job.walk != "along" or not sums:
+            return
+        b = self.b
+        rest = b.and_(behind, self.int(SEGMENT_STEPS * self.stride - 1))
+        with b.if_then(b.icmp_signed("==", rest, self.int(0)), likely=False):
+            for one in sums:
+                one.pause()
+
+    def mask_of(self, stage: "Stage", j: ir.Value, u: int) -> Vector:
+        return self.mask(stage.range, j, u)
 
     def run_mask(self, stage: "Stage", j: ir.Value, u: int) -> Vector | None:
         """Along in runs, what of a vector belongs to one; sums are of a copy without gaps."""
@@ -843,6 +877,7 @@ class Sum(Terms):
         super().__init__(kernel)
         self.m = kernel.variables(kernel.states)
         self.s, self.c = (kernel.variables(kernel.sets) for _ in range(2))
+        self.c_before = kernel.variables(kernel.sets)  # of the segments that are over
         # Not less than any term, which makes adding a term cheap.
         self.start = self.o.const(2.0 ** (self.o.real.bias + 1))
 
@@ -854,8 +889,15 @@ class Sum(Terms):
         self.scale(self.m)
 
     def reset(self, start: Vector) -> None:
-        for s, c in zip(self.s, self.c, strict=True):
+        for s, c, before in zip(self.s, self.c, self.c_before, strict=True):
             s.set(start)
+            c.set(self.o.const(0.0))
+            before.set(self.o.const(0.0))
+
+    def pause(self) -> None:
+        """Set aside what a segment of the lane has left in c, whose own roundings add up."""
+        for c, before in zip(self.c, self.c_before, strict=True):
+            before.set(before.get() + c.get())
             c.set(self.o.const(0.0))
 
     def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
@@ -880,7 +922,10 @@ class Sum(Terms):
         self.join()
 
     def join(self) -> None:
-        """Along, the elements of a vector are parts of one sum."""
+        """What segments have left; and along, the elements of a vector are parts of one sum."""
+        if self.k.job.walk == "along":
+            for c, before in zip(self.c, self.c_before, strict=True):
+                c.set(c.get() + before.get())
         if self.k.along:
             s, c = self.o.sum_of_elements(*([one.get() for one in a] for a in (self.s, self.c)))
             self.s[0].set(s)
@@ -964,13 +1009,17 @@ class SumOfOthers(Sum):
 
     def take_quick(self) -> None:
         k, o = self.k, self.o
-        n = o.spread(self.range.end)
-        if k.along:
-            n = n * o.const(1.0 / o.width)
-        n = n + o.const(5.0)  # and those that join the elements
-        # After n additions, each of which left up to two roundings of the largest term, c is off by
-        # n^2 roundings of a rounding at most. Half a rounding of the rest is allowed.
-        hidden = n * n * o.const(2.0**-o.real.mantissa)
+        b = k.b
+        # Additions to one sum; behind the last whole panel some, and those that join the elements.
+        n = b.add(b.udiv(self.range.end, k.int(k.stride)), k.int(8))
+        # Each leaves up to two roundings of the largest term in c, which rounds them as often as
+        # something is added to it, in a segment or of a segment. Half a rounding of the rest is
+        # allowed.
+        added = n
+        if k.job.walk == "along":
+            segment = k.int(SEGMENT_STEPS)
+            added = b.add(k.smaller(n, segment), b.udiv(n, segment))
+        hidden = o.spread(b.mul(n, added)) * o.const(2.0**-o.real.mantissa)
         super().take()
         self.judge(hidden)
         flags = [again.get() > o.const(0.0) for again in self.again]
@@ -1000,6 +1049,7 @@ class SumOfOthers(Sum):
         r = self.in_memory if k.packs else self.range  # the copy is already the next item's
         for j, u, mask in k.everywhere(r):
             self.careful_step(j, u, mask, self.load(r, j, u, mask))
+            k.pause([self], k.b.add(j, k.int(o.width)))
         self.take_careful()
         for flag, kept, (s, c) in zip(flags, before, sums, strict=True):
             s.set(o.where(flag, s.get(), kept[0]))
@@ -1378,6 +1428,9 @@ class Merge(SumForPairs):
 
     def prefetch(self, j: ir.Value, vectors: int) -> None:
         """The pairs are in cache."""
+
+    def pause(self) -> None:
+        """The sums are made in one go."""
 
     def read(self, j: ir.Value, u: int, mask: Vector | None) -> Vector:
         return self.o.const(0.0)

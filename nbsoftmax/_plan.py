@@ -28,11 +28,10 @@ class Limits:
     beside_float32_elements: int = 640
     beside_float64_elements: int = 320
     beside_rows: int = 4
-    # Longer lanes are cut into blocks, and read twice. With its terms, a lane up to this long stays
-    # in the second-level cache (1 MB a core) or not far; in float32 the last bits of a sum of more
-    # numbers would not all be kept.
-    lane_float32_bytes: int = 256 * 1024
-    lane_float64_bytes: int = 1024 * 1024
+    # Longer lanes are cut into blocks, and read twice: 1.5 copies at least. A whole one up to this
+    # long takes 1.2 to 1.4 (Zen 4, 1 MB of second-level cache a core), for what is read again has
+    # not gone far. With 2 MB it would still win, but each thread keeps the terms of a lane.
+    lane_bytes: int = 1024 * 1024
     # Blocks are big enough that merging them costs nothing, and small enough that what was read for
     # the maximum is still in cache when its terms are summed.
     block_bytes: int = 64 * 1024
@@ -168,7 +167,6 @@ def plan(
     beside = {4: limits.beside_float32_elements, 8: limits.beside_float64_elements}[
         compute_itemsize
     ]
-    whole = {4: limits.lane_float32_bytes, 8: limits.lane_float64_bytes}[compute_itemsize]
     if op == LOGSUMEXP:
         short, beside = 2 * short, 2 * beside
     if inner > 1:
@@ -186,7 +184,8 @@ def plan(
         return Plan("beside", limits.beside_rows, n, writes > limits.short_past_cache_bytes)
     if 4 * n <= 3 * short and runs:  # and more to copying such rows and turning them
         return Plan("packed")
-    if lane > (limits.few_lanes_bytes if outer < limits.few_lanes and not alone else whole):
+    few = outer < limits.few_lanes and not alone
+    if lane > (limits.few_lanes_bytes if few else limits.lane_bytes):
         block = limits.block_bytes // compute_itemsize
         return Plan("along", 4, -(-block // width) * width if runs else block, past_cache)
     return Plan("along", 4, n, past_cache)

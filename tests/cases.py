@@ -277,8 +277,7 @@ _NEVER_TURNED = {"short_float32_elements": 0, "short_float64_elements": 0}
 _NEVER_BESIDE = {"beside_float32_elements": 0, "beside_float64_elements": 0}
 _CUT = {
     **_NEVER_BESIDE,
-    "lane_float32_bytes": 200,
-    "lane_float64_bytes": 200,
+    "lane_bytes": 200,
     "few_lanes_bytes": 200,
     "block_bytes": 200,
     "panel_bytes": 500,
@@ -298,8 +297,7 @@ REGIMES: dict[str, dict[str, int]] = {
     "whole_lanes": {
         **_NEVER_TURNED,
         **_NEVER_BESIDE,
-        "lane_float32_bytes": _NEVER,
-        "lane_float64_bytes": _NEVER,
+        "lane_bytes": _NEVER,
         "few_lanes_bytes": _NEVER,
         "panel_bytes": _NEVER,
         "few_panels_bytes": _NEVER,

@@ -11,6 +11,7 @@ from .cases import DISTRIBUTIONS, OPS
 LENGTHS = (1, 2, 3, 5, 8, 13, 16, 21, 34, 55, 64, 89, 144, 233, 377, 610, 987, 1597, 4181, 10946)
 LONG = (100_003, 1_000_000)
 LONGEST = 10_000_000
+LANE_BYTES = 1 << 20
 
 
 @functools.lru_cache(maxsize=1)
@@ -51,6 +52,19 @@ def test_lanes_of_a_few_that_cancel_keep_the_budget(n, dtype, backend):
 def test_long_lane_keeps_the_budget(kind, n, dtype, op, backend):
     x, exact = long_lane(kind, n, dtype)
     oracle.assert_right(op, backend(op, x), x, lanes=exact)
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS)
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_many_long_lanes_keep_the_budget(kind, dtype, backend):
+    """As long as lanes are that are not cut into blocks. The first ones have no neighbours."""
+    x, exact = long_lane(kind, LANE_BYTES // np.dtype(dtype).itemsize, dtype)
+    lanes = np.stack([x] * 16)
+    for op in OPS:
+        got = backend(op, lanes, 1)
+        for i in range(1, 16):
+            np.testing.assert_array_equal(got[i], got[0])
+        oracle.assert_right(op, got[0], x, lanes=exact)
 
 
 @pytest.mark.slow
