@@ -58,8 +58,8 @@ PAIRS, PAIRS_SOFTMAX, PAIRS_LOGSUMEXP = "pairs", "pairs_softmax", "pairs_logsume
 MERGE, MERGE_LOGSUMEXP = "merge", "merge_logsumexp"
 APPLY_SOFTMAX, APPLY_LOG_SOFTMAX = "apply_softmax", "apply_log_softmax"
 COPY, READ = "copy", "read"  # yardsticks: the same walk without the mathematics
-# Along, steps of the walk after which sums are set aside: so what a sum of 2^18 numbers loses does
-# not show. Other walks are of shorter lanes.
+# Steps of the walk after which sums are set aside: so what a sum of many numbers loses does not
+# show. Rows that are walked in groups are shorter.
 SEGMENT_STEPS = 128
 OF_ROWS = ("short", "beside")  # walks whose items are groups of whole rows
 
@@ -567,7 +567,7 @@ class Kernel:
 
     def pause(self, sums: "list[Sum]", behind: ir.Value) -> None:
         """Let sums pause where a segment of the lane ends."""
-        if self.job.walk != "along" or not sums:
+        if self.of_rows or not sums:
             return
         b = self.b
         rest = b.and_(behind, self.int(SEGMENT_STEPS * self.stride - 1))
@@ -923,7 +923,7 @@ class Sum(Terms):
 
     def join(self) -> None:
         """What segments have left; and along, the elements of a vector are parts of one sum."""
-        if self.k.job.walk == "along":
+        if not self.k.of_rows:
             for c, before in zip(self.c, self.c_before, strict=True):
                 c.set(c.get() + before.get())
         if self.k.along:
@@ -1015,10 +1015,8 @@ class SumOfOthers(Sum):
         # Each leaves up to two roundings of the largest term in c, which rounds them as often as
         # something is added to it, in a segment or of a segment. Half a rounding of the rest is
         # allowed.
-        added = n
-        if k.job.walk == "along":
-            segment = k.int(SEGMENT_STEPS)
-            added = b.add(k.smaller(n, segment), b.udiv(n, segment))
+        segment = k.int(SEGMENT_STEPS)
+        added = b.add(k.smaller(n, segment), b.udiv(n, segment))
         hidden = o.spread(b.mul(n, added)) * o.const(2.0**-o.real.mantissa)
         super().take()
         self.judge(hidden)
@@ -1047,9 +1045,11 @@ class SumOfOthers(Sum):
         before = [(s.get(), c.get()) for s, c in sums]
         self.reset(o.const(0.0))
         r = self.in_memory if k.packs else self.range  # the copy is already the next item's
+        step, vectors = k.rest
         for j, u, mask in k.everywhere(r):
             self.careful_step(j, u, mask, self.load(r, j, u, mask))
-            k.pause([self], k.b.add(j, k.int(o.width)))
+            if u == vectors - 1:
+                k.pause([self], k.b.add(j, k.int(step)))
         self.take_careful()
         for flag, kept, (s, c) in zip(flags, before, sums, strict=True):
             s.set(o.where(flag, s.get(), kept[0]))

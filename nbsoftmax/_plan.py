@@ -38,9 +38,10 @@ class Limits:
     # Few lanes are cut earlier, so that there is work for every core.
     few_lanes: int = 16
     few_lanes_bytes: int = 64 * 1024
-    # Across: one panel (up to 128 bytes wide) of all rows in cache, or blocks of rows. Half of the
-    # second-level cache still pays: the rows behind are in the third level, and x is read once.
-    panel_bytes: int = 512 * 1024
+    # Across: one panel (up to 128 bytes wide) of all rows in cache, or blocks of rows. As much as
+    # the second-level cache holds pays, up to 2.5 times: the rows behind are in the third level,
+    # and x is read once. Each thread keeps a copy of a panel and its terms.
+    panel_bytes: int = 1024 * 1024
     panel_block_bytes: int = 64 * 1024
     # Lanes of this length go by single vectors: for two, some constants leave the registers, 10 to
     # 20 %. Shorter ones are all beginnings and ends, and longer ones want more of each row at once.
