@@ -58,9 +58,9 @@ PAIRS, PAIRS_SOFTMAX, PAIRS_LOGSUMEXP = "pairs", "pairs_softmax", "pairs_logsume
 MERGE, MERGE_LOGSUMEXP = "merge", "merge_logsumexp"
 APPLY_SOFTMAX, APPLY_LOG_SOFTMAX = "apply_softmax", "apply_log_softmax"
 COPY, READ = "copy", "read"  # yardsticks: the same walk without the mathematics
-# Steps of the walk after which sums are set aside: so what a sum of many numbers loses does not
-# show. Rows that are walked in groups are shorter.
-SEGMENT_STEPS = 128
+# Additions after which a sum is set aside: so what a sum of many numbers loses does not show. Rows
+# that are walked in groups are shorter.
+SEGMENT_ADDITIONS = 128
 OF_ROWS = ("short", "beside")  # walks whose items are groups of whole rows
 
 
@@ -241,6 +241,7 @@ class Kernel:
             self.stride, self.rest = self.o.width, (self.o.width, self.panel)
         elif self.along:
             self.stride, self.rest = self.panel_elements, (self.o.width, 1)
+        self.added = self.o.width if self.along else 1  # positions that one addition takes
         self.sets = job.panel if self.beside or not self.along else 1  # sums that stay separate
         # Vectors that hold what becomes of them: beside one for all, whose elements are the rows.
         self.states = 1 if self.along else job.panel
@@ -512,7 +513,7 @@ class Kernel:
     # -- the walk -----------------------------------------------------------------------------
 
     def walk(self, stages: "list[Stage]", items: list[Item]) -> None:
-        """All steps of the stages' items: together while none needs a mask, then each alone.
+        """All steps of the stages' items: together while none needs a mask, then each by itself.
 
         ``items`` begins with the one that comes next, and ends with the last stage's.
         """
@@ -522,8 +523,7 @@ class Kernel:
         self.steps(stages, self.int(0), common)
         for stage in reversed(stages):
             left = common
-            # What a sum is joined of must not depend on the items that are walked with it.
-            if self.job.walk == "along":
+            if self.job.walk == "along":  # where a chunk begins, items have no neighbours
                 left = stage.range.full
                 self.steps([stage], common, left, stages[0])
             self.steps([stage], left, stage.range.end, stages[0], masked=True)
@@ -550,7 +550,6 @@ class Kernel:
         turns = [(stage, u) for stage in reversed(stages) for u in range(vectors)]
         groups = [turns] if self.along else [[turn] for turn in turns]
         mask_of = self.mask_of if masked else self.run_mask
-
         sums = [stage for stage in stages if isinstance(stage, Sum)]
         with self.o.loop(start, end, step) as j:
             if first in (None, stages[0]):
@@ -570,7 +569,7 @@ class Kernel:
         if self.of_rows or not sums:
             return
         b = self.b
-        rest = b.and_(behind, self.int(SEGMENT_STEPS * self.stride - 1))
+        rest = b.and_(behind, self.int(SEGMENT_ADDITIONS * self.added - 1))
         with b.if_then(b.icmp_signed("==", rest, self.int(0)), likely=False):
             for one in sums:
                 one.pause()
@@ -1010,12 +1009,12 @@ class SumOfOthers(Sum):
     def take_quick(self) -> None:
         k, o = self.k, self.o
         b = k.b
-        # Additions to one sum; behind the last whole panel some, and those that join the elements.
-        n = b.add(b.udiv(self.range.end, k.int(k.stride)), k.int(8))
+        # Additions to one sum; one behind the last whole vector, and those that join the elements.
+        n = b.add(b.udiv(self.range.end, k.int(k.added)), k.int(6))
         # Each leaves up to two roundings of the largest term in c, which rounds them as often as
         # something is added to it, in a segment or of a segment. Half a rounding of the rest is
         # allowed.
-        segment = k.int(SEGMENT_STEPS)
+        segment = k.int(SEGMENT_ADDITIONS)
         added = b.add(k.smaller(n, segment), b.udiv(n, segment))
         hidden = o.spread(b.mul(n, added)) * o.const(2.0**-o.real.mantissa)
         super().take()
