@@ -189,6 +189,16 @@ def test_short_calls_far_apart_or_of_other_threads_wake_nobody(pool):
     assert _pool._jobs.empty()
 
 
+def test_listeners_share_nothing_while_others_use_their_cores(pool, monkeypatch):
+    boxes, at = pool
+    at(10**9)
+    boxes[0, STATE] = _handover.LISTENING
+    monkeypatch.setattr(_pool, "_wake_again", 7 * _pool.WAKE_AGAIN_NS)
+    monkeypatch.setattr(_pool, "with_cores", lambda threads: 1)
+    assert _pool.sharers(2, wakes=False) == 1
+    assert _pool._wake_again == 7 * _pool.WAKE_AGAIN_NS  # no sooner for one who listened in vain
+
+
 def test_who_is_woken_to_listen_waits_as_long_as_told_but_once(call):
     """For its caller's next call, which may take long to come; after it as long as all."""
     kernel, x, out = call
@@ -196,6 +206,8 @@ def test_who_is_woken_to_listen_waits_as_long_as_told_but_once(call):
     for_ever = (boxes[0], 1 << 60)
     helper = threading.Thread(target=_handover.listen(), args=for_ever, daemon=True)
     helper.start()
+    while boxes[0, STATE] != _handover.LISTENING:
+        time.sleep(0.001)
     time.sleep(0.05)
     assert boxes[0, STATE] == _handover.LISTENING
     while boxes[0, DONE] == 0:  # it has the core that it needs sooner or later
