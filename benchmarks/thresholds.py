@@ -123,6 +123,10 @@ EXPERIMENTS: dict[str, Border | Size] = {
         _doubling(8 * KIB, 512 * KIB),
         lambda size: ((size // 128, 128), 0, "float32"),
     ),
+    "unshifted_panels": Border(
+        (2, 4, 8, 12, 16, 32, 64),
+        lambda panels: ((MIB // (1024 * panels), 64, 16 * panels), 1, "float32"),
+    ),
     "narrow_elements": Border(
         (2, 3, 4, 5, 6, 8, 12, 16),
         lambda inner: ((1000, 100, inner), 1, "float32"),
@@ -146,10 +150,6 @@ EXPERIMENTS: dict[str, Border | Size] = {
     "past_cache_bytes": Border(
         _doubling(2 * MIB, 64 * MIB),
         lambda size: ((size // 4096, 1024), -1, "float32"),
-    ),
-    "short_past_cache_bytes": Border(
-        _doubling(MIB, 32 * MIB),
-        lambda size: ((size // 256, 64), -1, "float32"),
     ),
     "next_item_bytes": Border(
         _doubling(4 * KIB, 256 * KIB),

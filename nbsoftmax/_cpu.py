@@ -95,7 +95,9 @@ def _call(
     threads = _pool.most_threads() if work_bytes >= _plan.LIMITS.serial_bytes else 1
     wakes = work_bytes >= _plan.LIMITS.wake_bytes
     if threads > 1:
-        chunk = _plan.chunk_items(items, item_bytes, job.group, threads, wakes)
+        by_slabs = job.walk == "across" and job.stores == kernels.BY_LINES
+        group = panels if by_slabs else job.group
+        chunk = _plan.chunk_items(items, item_bytes, group, threads, wakes)
     rows = block + 2 * width if job.of_rows else block
     row = {"along": itemsize, "beside": job.panel * itemsize}.get(
         job.walk, job.panel * _plan.VECTOR_BYTES
@@ -133,14 +135,14 @@ class Launch:
     shape: tuple[int, ...]  # of the new result, in the order of the fold
     transpose: tuple[int, ...] | None  # from that order to the array's
     final_shape: tuple[int, ...]
-    aligned: bool  # the result must lie on whole vectors
+    large: bool  # the result lies on whole vectors, in memory that is kept
     parallel: bool
     small: Kernel | None  # the one kernel, if it runs in this thread
     direct: bool  # and so short that machine code may find it
 
     def new(self, x: Array) -> Any:
         """The result as the caller sees it; a full reduction is a scalar."""
-        if self.aligned:
+        if self.large:
             kept = _plan.LIMITS.past_cache_bytes, _plan.LIMITS.kept_bytes
             out = _memory.empty(self.shape, self.result, _plan.VECTOR_BYTES, kept)
         else:
@@ -221,22 +223,26 @@ def _launch(
     if plan.walk == "packed":
         return None
     across = plan.walk == "across"
-    # Stores past the cache want whole vectors. Along, a kernel finds the first one of each row;
-    # across, it can do so if all rows start alike.
+    # Across, panels can be laid where whole vectors begin if all rows start alike.
     steps = [step for by in (by_n, by_outer) for step in (by.out, by.out_jump)]
     size = result.itemsize
     if op == LOGSUMEXP:
         steps = [step for by in (by_n, by_outer) for step in (by.x, by.x_jump)]
         size = dtype.itemsize
     alike = all(step % (width * size) == 0 for step in steps)
-    shifted = across and alike and inner >= 4 * plan.panel * width
-    past_cache = plan.past_cache and out_at % size == 0
-    if across:
-        past_cache = past_cache and alike and (shifted or out_at == 0)
+    many = inner > _plan.LIMITS.unshifted_panels * plan.panel * width
+    shifted = across and alike and many and not (plan.past_cache and out_at == 0)
     of_rows = plan.walk in kernels.OF_ROWS
-    if of_rows:  # whole lines of several rows
-        whole = by_outer.out == n * size == n * real.itemsize
-        past_cache = past_cache and whole and by_outer.out_jump == 0
+    stores = kernels.IN_CACHE
+    if plan.past_cache and out_at % size == 0:
+        slab = n * inner * size
+        apart = (by_n.out, by_outer.out, by_outer.out_jump) != (inner * size, slab, 0) or in_runs
+        fits = of_rows or (plan.block == n and slab <= _plan.LIMITS.slab_bytes)
+        # Along, a kernel finds the first whole vector of each row.
+        if plan.walk == "along" or (across and alike and (shifted or out_at == 0)):
+            stores = kernels.PAST_CACHE
+        elif fits and not apart and size == real.itemsize:
+            stores = kernels.BY_LINES
     work_bytes = outer * n * inner * real.itemsize
     row = plan.panel * _plan.VECTOR_BYTES if across else real.itemsize
     item_bytes = min(n, plan.block) * row
@@ -259,15 +265,20 @@ def _launch(
         "out_row_jump": by_n.out_jump,
     }
 
-    def walk(op: str, result: _formats.Format, steps: dict[str, int], past: bool = False) -> Call:
-        job = kernels.Job(op, source.name, result.name, plan.walk, plan.panel, past, runs=jumps)
+    def walk(
+        op: str, result: _formats.Format, steps: dict[str, int], stores: str = kernels.IN_CACHE
+    ) -> Call:
+        masked = across and inner < plan.panel * width
+        job = kernels.Job(
+            op, source.name, result.name, plan.walk, plan.panel, stores, masked, runs=jumps
+        )
         return _call(job, folded, plan.block, item_bytes, work_bytes, x_steps | steps)
 
     blocks = plan.blocks(n)
     lanes = outer * inner
     pairs: tuple[tuple[int, ...], ...] = ()
     if blocks == 1:
-        calls = [walk(op, target, out_steps, past_cache)]
+        calls = [walk(op, target, out_steps, stores)]
     else:
         size = real.itemsize
         last = _LAST[op]
@@ -292,7 +303,7 @@ def _launch(
         ]
         if last:
             pairs += ((3, outer, inner),)
-            calls.append(walk(last, target, out_steps | {"plane": lanes * size}, past_cache))
+            calls.append(walk(last, target, out_steps | {"plane": lanes * size}, stores))
     kept = tuple(i for i in fold.order if op != LOGSUMEXP or i not in axes)
     order = tuple(sorted(range(len(kept)), key=lambda k: kept[k]))
     in_parallel = any(call.parallel for call in calls)
@@ -309,7 +320,7 @@ def _launch(
         shape=tuple(shape[i] for i in kept),
         transpose=transpose,
         final_shape=_semantics.result_shape(op, shape, axes, keepdims),
-        aligned=past_cache,
+        large=plan.past_cache,
         parallel=in_parallel,
         small=small,
         direct=direct,
@@ -347,8 +358,9 @@ def yardstick(x: Array, out: Array | None) -> Callable[[], None]:
         job = kernels.Job(kernels.READ, "float32", "float32", "along")
         result = np.empty(size // block + 1, np.float32)
     else:
-        past_cache = x.nbytes > _plan.LIMITS.past_cache_bytes
-        job = kernels.Job(kernels.COPY, "float32", "float32", "along", past_cache=past_cache)
+        large = x.nbytes > _plan.LIMITS.past_cache_bytes
+        stores = kernels.PAST_CACHE if large else kernels.IN_CACHE
+        job = kernels.Job(kernels.COPY, "float32", "float32", "along", stores=stores)
         copied = out.reshape(-1).view(np.uint8)
         result = copied[: words.size - rest].view(np.float32)
     steps = {"x_row": 4, "out_row": 4}
@@ -431,7 +443,7 @@ def _apart(out: Array, x: Array) -> bool:
 
 def _place(out: Array) -> int:
     """Where out starts within a vector; asked only where it matters, for it takes 1 us."""
-    if out.nbytes <= min(_plan.LIMITS.past_cache_bytes, _plan.LIMITS.short_past_cache_bytes):
+    if out.nbytes <= _plan.LIMITS.past_cache_bytes:
         return 0
     return int(out.__array_interface__["data"][0] % _plan.VECTOR_BYTES)
 

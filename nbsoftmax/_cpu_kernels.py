@@ -62,6 +62,9 @@ COPY, READ = "copy", "read"  # yardsticks: the same walk without the mathematics
 # that are walked in groups are shorter.
 SEGMENT_ADDITIONS = 128
 OF_ROWS = ("short", "beside")  # walks whose items are groups of whole rows
+# Stores past the cache leave it to others. Either out lies on whole vectors; or results are held
+# until they fill lines: groups of rows, or across a slab, all results of an outer index.
+IN_CACHE, PAST_CACHE, BY_LINES = "in_cache", "past_cache", "by_lines"
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class Job:
     result: str
     walk: str  # along, beside, across, or short: whole rows turned in registers
     panel: int = 4  # vectors; four independent exps hide each other's latency
-    past_cache: bool = False  # stores that leave the cache to others; out lies on whole vectors
+    stores: str = "in_cache"
+    masked: bool = False  # across: fewer lanes side by side than a panel has
     weighted: bool = False
     runs: bool = False  # the walk's positions lie in runs; of groups of rows, the rows do
 
@@ -133,6 +137,7 @@ class Item:
     x: ir.Value
     out: ir.Value
     lane: ir.Value  # index of the first of its results, in elements
+    first: ir.Value  # and in the row
     columns: ir.Value  # lanes side by side; 1 along
     results: ir.Value  # how many of them are written
     length: ir.Value  # positions
@@ -225,7 +230,9 @@ class Kernel:
         self.of_rows, self.group = job.of_rows, job.group
         self.lane_in_runs = job.runs and not self.of_rows
         self.vectors_in_runs = job.runs and job.walk == "along"  # each may be of another run
-        self.sends_vectors = job.past_cache and job.walk == "along"  # and not whole rows or panels
+        self.by_lines = job.stores == BY_LINES
+        self.by_slabs = self.by_lines and job.walk == "across"
+        self.sends_vectors = job.stores == PAST_CACHE and job.walk == "along"  # and not panels
         # Across, the first stage copies what it reads: rows that are far apart compete for the same
         # few places of a cache, and would be read from memory by every stage. In runs, it does so
         # that the stage behind it walks one piece.
@@ -316,6 +323,7 @@ class Kernel:
             x=address("x", self.source.itemsize),
             out=address("out", self.result.itemsize),
             lane=lane,
+            first=first,
             columns=columns,
             results=b.select(active, columns, self.int(0)),
             length=b.select(some, length, self.int(0)),
@@ -327,7 +335,8 @@ class Kernel:
         """The first lane of a panel and how many there are, 0 or less for none.
 
         Panels may start anywhere: each lane is summed by itself. So they are laid where the array
-        that moves most, out or else x, has whole vectors.
+        that moves most, out or else x, has whole vectors. If not, the last one is whole, too, and
+        has the same results as the one before it for some lanes; unless their x is overwritten.
         """
         if self.job.walk != "across":
             return self.int(0), self.int(1)
@@ -341,6 +350,11 @@ class Kernel:
         width = self.int(self.panel_elements)
         start = b.sub(b.mul(panel, width), lead)
         first = self.clipped(start)
+        if self.job.stores != PAST_CACHE:
+            in_place = b.icmp_signed("==", self.x, self.out)
+            once = b.or_(in_place, b.icmp_signed("!=", self.shifted, self.int(0)))
+            last = b.select(once, self.inner, self.clipped(b.sub(self.inner, width)))
+            first = self.smaller(first, last)
         return first, b.sub(self.smaller(b.add(start, width), self.inner), first)
 
     def range(self, item: Item) -> Range:
@@ -362,7 +376,7 @@ class Kernel:
             return Range(x, self.x_row, out, lines, length, full, length, *lane)
         if not self.along:
             whole = b.icmp_signed(">=", item.columns, self.int(self.panel_elements))
-            full = b.select(whole, length, self.int(0))
+            full = length if self.job.masked else b.select(whole, length, self.int(0))
             return Range(x, self.x_row, out, scratch, item.columns, full, length, *lane)
         full = b.and_(length, self.int(-self.panel_elements))
         return Range(x, self.x_row, out, scratch, length, full, length, *lane)
@@ -438,8 +452,7 @@ class Kernel:
         if self.lane_in_runs:
             base = self.b.add(base, self.jumps(self.position(r, j, u), self.out_row_jump))
         place = self.at(base, j, self.out_row, u, self.result.itemsize)
-        past_cache = self.job.past_cache and not self.of_rows  # whose rows wait for whole lines
-        self.result.store(self.o, place, value, mask, past_cache)
+        self.result.store(self.o, place, value, mask, self.job.stores == PAST_CACHE)
 
     def early(self, array: str, item: Item, next_item: Item) -> tuple[ir.Value, ir.Value]:
         """Where to fetch x or out from while an item is walked: the next item, or so much ahead.
@@ -580,7 +593,7 @@ class Kernel:
     def run_mask(self, stage: "Stage", j: ir.Value, u: int) -> Vector | None:
         """Along in runs, what of a vector belongs to one; sums are of a copy without gaps."""
         gaps = self.vectors_in_runs and not isinstance(stage, Sum)
-        return self.mask(stage.range, j, u) if gaps else None
+        return self.mask(stage.range, j, u) if gaps or self.job.masked else None
 
     def turned_walk(self, stages: "list[Stage]", items: list[Item]) -> None:
         """The same for short rows, whose tiles lie in the first-level cache: one after the other.
@@ -615,10 +628,15 @@ class Kernel:
         # Terms, inputs less their shift, copied inputs or rows of out, tiles.
         parts = 2 + (self.packs or self.of_rows) + MOST_STAGES * self.short
         size = b.mul(self.scratch, self.int(parts))
-        memory = self._malloc(b.add(size, self.int(VECTOR_BYTES + PAGE_BYTES)))
+        slab = self.int(0)
+        if self.by_slabs:
+            slab = b.add(self.out_outer, self.int(2 * VECTOR_BYTES))
+        memory = self._malloc(b.add(b.add(size, slab), self.int(VECTOR_BYTES + PAGE_BYTES)))
         self.buffer = self.apart(memory)
         self.shifted_x = b.add(self.buffer, self.scratch)
-        self.packed_x = self.rows = b.add(self.shifted_x, self.scratch)
+        self.packed_x = self.held = b.add(self.shifted_x, self.scratch)
+        if self.by_slabs:
+            self.held = b.add(self.buffer, size)
         stages = [kind(self) for kind in STAGES[self.job.op]]
 
         def count(address: ir.Value, by: ir.Value) -> ir.Value:
@@ -1153,12 +1171,13 @@ class Output(Stage):
         super().__init__(kernel)
         self.first = kernel.variables(kernel.sets)
         self.second = kernel.variables(kernel.sets)
-        self.lines = Lines(kernel) if kernel.of_rows and kernel.job.past_cache else None
+        self.lines = Lines(kernel) if kernel.by_lines else None
 
     def begin(self, low: ir.Value) -> None:
         if self.lines is not None:
             k = self.k
-            self.lines.begin(k.b.add(k.out, k.b.mul(low, k.out_outer)))
+            outer = k.b.udiv(low, k.panels)
+            self.lines.begin(k.b.add(k.out, k.b.mul(outer, k.out_outer)))
 
     def end(self) -> None:
         if self.lines is not None:
@@ -1174,10 +1193,11 @@ class Output(Stage):
         super().enter(item)
         self.parameters()
         k, b = self.k, self.k.b
-        if self.lines is not None and k.beside:
-            free = self.lines.free()
-            lines = [b.add(free, b.mul(k.out_outer, k.int(u))) for u in range(k.panel)]
-            self.range = dataclasses.replace(self.range, out=lines)
+        if self.lines is not None and not k.short:
+            free, place = self.lines.free(), k.b.mul(item.first, k.int(k.result.itemsize))
+            rows = [b.add(free, b.mul(k.out_outer, k.int(u))) for u in range(k.panel)]
+            out = rows if k.beside else b.add(free, place)
+            self.range = dataclasses.replace(self.range, out=out)
         if not k.sends_vectors:
             return
         bytes_ = k.o.width * k.result.itemsize
@@ -1202,7 +1222,7 @@ class Output(Stage):
 
     def prefetch_out(self, j: ir.Value) -> None:
         k = self.k
-        if (k.job.walk == "across" or k.lane_in_runs) and not k.job.past_cache:
+        if (k.job.walk == "across" or k.lane_in_runs) and k.job.stores == IN_CACHE:
             k.prefetch("out", self.ahead, j, k.panel)
 
     def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
@@ -1231,18 +1251,21 @@ class Output(Stage):
 
     def leave(self) -> None:
         """The item's rows are whole now: let lines go that wait for no other row."""
-        if self.lines is not None:
-            k, b, item = self.k, self.k.b, self.current
-            idle = b.icmp_signed("==", item.length, k.int(0))
-            rows = b.select(idle, k.int(0), item.columns)
-            self.lines.take(b.mul(rows, k.out_outer))
+        if self.lines is None:
+            return
+        k, b, item = self.k, self.k.b, self.current
+        idle = b.icmp_signed("==", item.length, k.int(0))
+        rows = item.columns
+        if k.by_slabs:
+            rows = b.zext(b.icmp_signed("==", b.add(item.first, item.columns), k.inner), I64)
+        self.lines.take(b.mul(b.select(idle, k.int(0), rows), k.out_outer))
 
 
 class Lines:
-    """Rows one behind the other, held until they fill lines of out that leave past the cache.
+    """Results one behind the other, held until they fill lines of out that leave past the cache.
 
-    Memory begins at ``line``, a whole vector of out; ``held`` bytes are there, of which the first
-    ``skip`` are not ours.
+    ``line`` is the next whole vector of out. What is ``held`` for it, of which the first ``skip``
+    bytes are not ours, ends where the next results go: at a whole vector, wherever out begins.
     """
 
     def __init__(self, kernel: Kernel) -> None:
@@ -1260,24 +1283,28 @@ class Lines:
             b.store(value, variable)
 
     def free(self) -> ir.Value:
-        """Where the next row goes."""
-        return self.b.add(self.k.rows, self.b.load(self.held))
+        """Where the next results go."""
+        return self.b.add(self.k.held, self.k.int(VECTOR_BYTES))
+
+    def start(self) -> ir.Value:
+        """Where what is held begins."""
+        return self.b.sub(self.free(), self.b.load(self.held))
 
     def take(self, size: ir.Value) -> None:
         """``size`` bytes have been put there: send whole lines, keep the rest."""
         b, k, o = self.b, self.k, self.o
-        line, skip = b.load(self.line), b.load(self.skip)
+        line, skip, start = b.load(self.line), b.load(self.skip), self.start()
         held = b.add(b.load(self.held), size)
         whole = b.and_(held, k.int(-VECTOR_BYTES))
         some = b.icmp_signed(">", whole, k.int(0))
         cut = b.and_(some, b.icmp_signed(">", skip, k.int(0)))
         with b.if_then(cut, likely=False):
             self.send_part(k.int(VECTOR_BYTES))
-        start = b.select(cut, k.int(VECTOR_BYTES), k.int(0))
-        with o.loop(start, whole, VECTOR_BYTES) as at:
-            value = o.load(b.add(k.rows, at))
+        first = b.select(cut, k.int(VECTOR_BYTES), k.int(0))
+        with o.loop(first, whole, VECTOR_BYTES) as at:
+            value = o.load(b.add(start, at))
             k.result.store(o, b.add(line, at), value, past_cache=True)
-        o.store(k.rows, o.load(b.add(k.rows, whole)))
+        o.store(k.held, o.load(b.add(k.held, size)))
         b.store(b.add(line, whole), self.line)
         b.store(b.sub(held, whole), self.held)
         b.store(b.select(some, k.int(0), skip), self.skip)
@@ -1289,7 +1316,7 @@ class Lines:
         counts = [b.udiv(value, size) for value in (b.load(self.skip), end)]
         not_ours, ours = (o.live(count) for count in counts)
         mask = Vector(o, b.and_(ours.value, b.not_(not_ours.value)))
-        k.result.store(o, b.load(self.line), o.load(k.rows), mask)
+        k.result.store(o, b.load(self.line), o.load(self.start()), mask)
 
     def end(self) -> None:
         self.send_part(self.b.load(self.held))

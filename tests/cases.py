@@ -304,11 +304,11 @@ REGIMES: dict[str, dict[str, int]] = {
     },
     "blocks": _CUT,
     "in_pieces": _IN_PIECES,
-    "past_cache": {"past_cache_bytes": 0, "short_past_cache_bytes": 0},
-    "beside_past_cache": {**_NEVER_TURNED, "past_cache_bytes": 0, "short_past_cache_bytes": 0},
+    "past_cache": {"past_cache_bytes": 0},
+    "beside_past_cache": {**_NEVER_TURNED, "past_cache_bytes": 0},
     "packed": {"narrow_elements": _NEVER, "packed_bytes": 300},
     "blocks_in_pieces_past_cache": {**_IN_PIECES, **_CUT, "past_cache_bytes": 0,
-                                    "short_past_cache_bytes": 0, "narrow_elements": 0},
+                                    "narrow_elements": 0},
 }  # fmt: skip
 
 

@@ -44,6 +44,7 @@ def jobs():
                 yield kernels.Job(op, dtype, dtype, walk, panel)
                 yield kernels.Job(op, dtype, dtype, walk, panel, runs=True)
             yield kernels.Job(op, dtype, dtype, "across", 1)
+            yield kernels.Job(op, dtype, dtype, "across", 1, kernels.BY_LINES, masked=True)
         for dtype in ("float16", "bfloat16"):
             yield kernels.Job(op, dtype, dtype, "along")
     for dtype in ("float32", "float64"):
@@ -59,8 +60,8 @@ JOBS = list(jobs())
 
 
 def job_id(job):
-    past = "-past_cache" if job.past_cache else ""
-    kind = past + "-weighted" * job.weighted + "-runs" * job.runs
+    past = "" if job.stores == kernels.IN_CACHE else f"-{job.stores}"
+    kind = past + "-masked" * job.masked + "-weighted" * job.weighted + "-runs" * job.runs
     return f"{job.op}-{job.source}-{job.walk}-{job.panel}{kind}"
 
 
@@ -122,17 +123,18 @@ def test_kernel_calls_nothing_but_the_allocator(job):
     assert len(calls) == len(symbols)
 
 
-@pytest.mark.parametrize("past_cache", [False, True])
+@pytest.mark.parametrize("stores", [kernels.IN_CACHE, kernels.PAST_CACHE])
 @pytest.mark.parametrize("walk", ["along", "across"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("op", ["softmax", "log_softmax"])
-def test_stores_past_the_cache_are_that(op, dtype, walk, past_cache):
-    job = kernels.Job(op, dtype, dtype, walk, past_cache=past_cache)
-    stores = re.findall(r"\bv?movnt\w+", "\n".join(hot_loops(job)))
-    assert bool(stores) == past_cache
+def test_stores_past_the_cache_are_that(op, dtype, walk, stores):
+    job = kernels.Job(op, dtype, dtype, walk, stores=stores)
+    found = re.findall(r"\bv?movnt\w+", "\n".join(hot_loops(job)))
+    assert bool(found) == (stores == kernels.PAST_CACHE)
 
 
-@pytest.mark.parametrize("past_cache", [False, True])
-def test_short_rows_leave_past_the_cache_too(past_cache):
-    job = kernels.Job("softmax", "float32", "float32", "short", 1, past_cache)
-    assert ("vmovnt" in "\n".join(body(job))) == past_cache
+@pytest.mark.parametrize("stores", [kernels.IN_CACHE, kernels.BY_LINES])
+@pytest.mark.parametrize("walk", ["short", "beside", "across"])
+def test_lines_leave_past_the_cache_too(walk, stores):
+    job = kernels.Job("softmax", "float32", "float32", walk, 1 if walk == "short" else 4, stores)
+    assert ("vmovnt" in "\n".join(body(job))) == (stores == kernels.BY_LINES)

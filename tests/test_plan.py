@@ -66,7 +66,7 @@ GOLDEN = [
     ((16 * MIB,), None, "float64", "along+blocks+past_cache"),
     ((4, 100_000), -1, "float32", "along+blocks"),
     ((64, 40_000), -1, "float32", "along"),
-    ((64, 60_000), -1, "float32", "along"),
+    ((64, 60_000), -1, "float32", "along+past_cache"),
     ((32, 70_000), -1, "float32", "along"),
     ((32, 262_144), -1, "float32", "along+past_cache"),
     ((32, 262_145), -1, "float32", "along+blocks+past_cache"),
@@ -84,7 +84,8 @@ GOLDEN = [
     ((40, 50, 40), (0, 1), "float32", "across+blocks"),
     ((20, 30, 40), (1, 2), "float32", "along"),
     ((20, 30, 40), (0, 2), "float32", "along+runs"),
-    ((64, 32, 64, 32), (0, 2), "float32", "across+runs"),
+    ((64, 32, 64, 32), (0, 2), "float32", "across+runs+past_cache"),
+    ((32, 32, 64, 32), (0, 2), "float32", "across+runs"),
     ((64, 32, 64, 32), (0, 2), "float64", "across+runs+past_cache"),
     ((64, 32, 64, 32), (1, 3), "float32", "along+runs"),
     ((64, 32, 64, 32), (1, 3), "float64", "along+runs"),  # parts of vectors cannot go past

@@ -138,26 +138,35 @@ def test_the_space_between_lanes_does_not_matter(shape, axis, layout, dtype, bac
     assert bits(all_ops(y, axis, backend)) == bits(all_ops(x, axis, backend))
 
 
+# Short rows; and lanes side by side, fewer than a vector has, some vectors and a rest, and whole.
+LEAVE_IN_LINES = [
+    *((8, 1), (9, 3), (16, 16), (17, 5), (100, 37), (1000, 7), (77, 112)),
+    *((40, 3, 5), (2, 70, 17), (5, 7, 33), (3, 9, 65), (6, 20, 32), (4, 5, 64), (1, 6, 200)),
+]
+
+
 @pytest.mark.parametrize("offset", [0, 8, 16, 40, 56])
 @pytest.mark.parametrize("dtype", cases.FLOATS)
-@pytest.mark.parametrize(
-    ("rows", "n"), [(8, 1), (9, 3), (16, 16), (17, 5), (100, 37), (1000, 7), (77, 112)]
-)
-def test_short_rows_fill_shared_lines_and_nothing_else(rows, n, dtype, offset, backend):
-    """Rows that leave in whole cache lines: the first and last line are partly someone else's."""
-    x = cases.draw((rows, n), dtype)
+@pytest.mark.parametrize("shape", LEAVE_IN_LINES, ids=str)
+def test_shared_lines_are_filled_and_nothing_else(shape, dtype, offset, backend):
+    """What leaves in whole cache lines: the first and last line are partly someone else's."""
+    axis, x = 1, cases.draw(shape, dtype)
     size = x.nbytes
     around = aligned_at((offset + size + 128,), np.uint8, 0)
     out = around[offset : offset + size].view(dtype).reshape(x.shape)
     for op in ("softmax", "log_softmax"):
-        expected = backend(op, x, 1)
+        expected = backend(op, x, axis)
         for changes in (
             {},
+            {"slab_bytes": 0},
             {"serial_bytes": 0, "wake_bytes": 0, "chunk_bytes": 1, "chunk_items": 1},
         ):
             around[...] = 7
-            with _plan.using(past_cache_bytes=0, short_past_cache_bytes=0, **changes):
-                backend(op, x, 1, out=out)
+            with _plan.using(past_cache_bytes=0, **changes):
+                backend(op, x, axis, out=out)
+                assert out.tobytes() == expected.tobytes()
+                out[...] = x
+                backend(op, out, axis, out=out)
             assert out.tobytes() == expected.tobytes()
             assert (around[:offset] == 7).all()
             assert (around[offset + size :] == 7).all()
