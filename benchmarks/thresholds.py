@@ -50,6 +50,7 @@ class Border:
     below: Changes = field(default_factory=dict)
     above: Changes = field(default_factory=dict)
     cold: bool = False  # single calls, before which helpers have gone to sleep
+    op: str = "softmax"
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,11 @@ EXPERIMENTS: dict[str, Border | Size] = {
         (2, 4, 8, 12, 16, 32, 64),
         lambda panels: ((MIB // (1024 * panels), 64, 16 * panels), 1, "float32"),
     ),
+    "careful_elements": Border(
+        (2, 3, 4, 5, 6, 7, 8, 12),
+        lambda n: ((n, MIB // (4 * n)), 0, "float32"),
+        op="logsumexp",
+    ),
     "narrow_elements": Border(
         (2, 3, 4, 5, 6, 8, 12, 16),
         lambda inner: ((1000, 100, inner), 1, "float32"),
@@ -170,11 +176,14 @@ def medians(
     variants: list[Changes],
     rounds: int,
     cold: bool = False,
+    op: str = "softmax",
 ) -> list[float]:
-    """Return the median seconds of softmax with each of these limits, taken in turn."""
+    """Return the median seconds of a function with each of these limits, taken in turn."""
     shape, axis, dtype = array
     x = np.random.default_rng(7).standard_normal(shape, np.float32).astype(dtype)
-    call = partial(nbsoftmax.softmax, x, axis=axis, out=np.array(x))
+    call = partial(getattr(nbsoftmax, op), x, axis=axis)
+    if op != "logsumexp":
+        call = partial(call, out=np.array(x))
     times: list[list[float]] = [[] for _ in variants]
     for _ in range(rounds):
         for changes, seconds in zip(variants, times, strict=True):
@@ -213,7 +222,8 @@ def measure(name: str, experiment: Border | Size, rounds: int) -> dict[str, Any]
         figures, sizes = [], experiment.sizes
         for size in sizes:
             variants = [{name: NEVER} | experiment.below, {name: 0} | experiment.above]
-            below, above = medians(experiment.array(size), variants, rounds, experiment.cold)
+            array, cold, op = experiment.array(size), experiment.cold, experiment.op
+            below, above = medians(array, variants, rounds, cold, op)
             figures.append(below / above)
         best = crossing(list(sizes), figures)
     return {

@@ -268,9 +268,16 @@ def _launch(
     def walk(
         op: str, result: _formats.Format, steps: dict[str, int], stores: str = kernels.IN_CACHE
     ) -> Call:
-        masked = across and inner < plan.panel * width
         job = kernels.Job(
-            op, source.name, result.name, plan.walk, plan.panel, stores, masked, runs=jumps
+            op,
+            source.name,
+            result.name,
+            plan.walk,
+            plan.panel,
+            stores,
+            masked=across and inner < plan.panel * width,
+            careful=op == LOGSUMEXP and n <= _plan.LIMITS.careful_elements,
+            runs=jumps,
         )
         return _call(job, folded, plan.block, item_bytes, work_bytes, x_steps | steps)
 

@@ -78,6 +78,7 @@ class Job:
     panel: int = 4  # vectors; four independent exps hide each other's latency
     stores: str = "in_cache"
     masked: bool = False  # across: fewer lanes side by side than a panel has
+    careful: bool = False  # largest terms are counted from the start, not where they must be
     weighted: bool = False
     runs: bool = False  # the walk's positions lie in runs; of groups of rows, the rows do
 
@@ -982,7 +983,8 @@ class SumOfOthers(Sum):
         super().__init__(kernel)
         self.count = kernel.variables(kernel.sets)
         self.again = kernel.variables(kernel.states)
-        self.quick = self.pays() and not kernel.job.weighted  # weighted terms have no bound
+        careful = kernel.job.careful or kernel.job.weighted  # weighted terms have no bound
+        self.quick = self.pays() and not careful
         if not self.quick:
             self.start = self.o.const(0.0)
 
@@ -1136,29 +1138,18 @@ class SumForPairsOfLogSumExp(SumForPairs):
 class SumForLogSumExp(SumForPairs):
     """Writes logsumexp of the lane: from the sum of all terms, unless it is near 0."""
 
-    # The sum of so few terms is too often near 0 in one of the lanes of a vector.
-    FEW = 4
-
     def judge(self, hidden: Vector) -> None:
         o, k = self.o, self.k
-        for again in self.again:
-            again.set(o.const(1.0))
-        many = k.b.icmp_signed(">", self.range.end, k.int(self.FEW))
-        with (
-            k.b.if_then(many),
-            k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)),
-        ):
+        with k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
             value = _scalars.logsumexp_of_all(o, m.get(), s.get(), c.get())
             # NaN too: without a shift, a maximum of inf makes one.
             again.set(_scalars.is_near_zero(o, m.get(), value))
             s.set(value)
 
-    def sum_again(self, flags: list[Vector]) -> None:
-        super().sum_again(flags)
-        o = self.o
-        with self.k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
-            value = _scalars.logsumexp(o, m.get(), s.get(), c.get())
-            s.set(o.where(again.get() > o.const(0.0), value, s.get()))
+    def take_careful(self) -> None:
+        super().take_careful()
+        with self.k.each_set(self.m, self.s, self.c) as (_, (m, s, c)):
+            s.set(_scalars.logsumexp(self.o, m.get(), s.get(), c.get()))
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
         self.write(u, (s.get(),))

@@ -52,6 +52,9 @@ class Limits:
     unshifted_panels: int = 16
     few_panels: int = 16
     few_panels_bytes: int = 32 * 1024
+    # logsumexp of so few numbers is so often near 0, in one of the lanes of a vector, that all are
+    # summed as it wants.
+    careful_elements: int = 5
     # Fewer neighbouring lanes than this leave a vector too empty: such arrays are packed to rows.
     narrow_elements: int = 4
     # Up to this, machine code finds a call that is known (`_direct`), and holds the interpreter's
