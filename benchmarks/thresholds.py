@@ -136,6 +136,12 @@ EXPERIMENTS: dict[str, Border | Size] = {
     "narrow_elements": Border(
         (2, 3, 4, 5, 6, 8, 12, 16),
         lambda inner: ((1000, 100, inner), 1, "float32"),
+        {"taking_turns_elements": NEVER},
+        {"taking_turns_elements": NEVER},
+    ),
+    "taking_turns_elements": Border(
+        _doubling(8, 512),
+        lambda elements: ((100_000 // elements, elements // 4, 4), 1, "float32"),
     ),
     "serial_bytes": Border(
         _doubling(32 * KIB, 512 * KIB),

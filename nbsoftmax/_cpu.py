@@ -218,10 +218,13 @@ def _launch(
     if in_runs and inner == 1:  # along, no vector is of two runs
         by_n = by_n.in_vectors(width)
         n = n // fold.by_n.run * by_n.run
-    folded = outer, n, inner
-    plan = _plan.plan(op, outer, n, inner, real.itemsize, result.itemsize, in_runs, alone)
+    work_bytes = outer * n * inner * real.itemsize
+    dense = fold.dense(dtype.itemsize, None if op == LOGSUMEXP else result.itemsize)
+    plan = _plan.plan(op, outer, n, inner, real.itemsize, result.itemsize, in_runs, alone, dense)
     if plan.walk == "packed":
         return None
+    n *= plan.lanes
+    folded = outer, n, inner
     across = plan.walk == "across"
     # Across, panels can be laid where whole vectors begin if all rows start alike.
     steps = [step for by in (by_n, by_outer) for step in (by.out, by.out_jump)]
@@ -238,12 +241,14 @@ def _launch(
         slab = n * inner * size
         apart = (by_n.out, by_outer.out, by_outer.out_jump) != (inner * size, slab, 0) or in_runs
         fits = of_rows or (plan.block == n and slab <= _plan.LIMITS.slab_bytes)
-        # Along, a kernel finds the first whole vector of each row.
-        if plan.walk == "along" or (across and alike and (shifted or out_at == 0)):
+        # Along, a kernel finds the first whole vector of each row. It must begin with the first of
+        # the lanes whose elements take turns.
+        starts = (out_at, by_outer.out, by_outer.out_jump)
+        along = plan.walk == "along" and all(start % (plan.lanes * size) == 0 for start in starts)
+        if along or (across and alike and (shifted or out_at == 0)):
             stores = kernels.PAST_CACHE
         elif fits and not apart and size == real.itemsize:
             stores = kernels.BY_LINES
-    work_bytes = outer * n * inner * real.itemsize
     row = plan.panel * _plan.VECTOR_BYTES if across else real.itemsize
     item_bytes = min(n, plan.block) * row
     jumps = by_outer.run < outer if of_rows else in_runs
@@ -254,14 +259,14 @@ def _launch(
         "run_positions": by_n.run,
         "x_outer": by_outer.x,
         "x_outer_jump": by_outer.x_jump,
-        "x_row": by_n.x,
+        "x_row": by_n.x // plan.lanes,
         "x_row_jump": by_n.x_jump,
         "shifted": int(shifted),
     }
     out_steps = {
         "out_outer": by_outer.out,
         "out_outer_jump": by_outer.out_jump,
-        "out_row": by_n.out,
+        "out_row": by_n.out // plan.lanes,
         "out_row_jump": by_n.out_jump,
     }
 
@@ -275,6 +280,7 @@ def _launch(
             plan.walk,
             plan.panel,
             stores,
+            lanes=plan.lanes,
             masked=across and inner < plan.panel * width,
             careful=op == LOGSUMEXP and n <= _plan.LIMITS.careful_elements,
             runs=jumps,

@@ -2,7 +2,8 @@
 
 Every array is seen as ``(outer, n, inner)``, the lane in the middle.  A *panel* is up to four
 vectors side by side.  **Along**: the lane itself is contiguous (inner = 1), a panel is four vectors
-of one lane and the walk goes on by panels.  **Beside**: a panel is one vector of each of four such
+of one lane and the walk goes on by panels; or of two, four or eight lanes whose elements take
+turns.  **Beside**: a panel is one vector of each of four such
 lanes, and the walk goes on by vectors.  **Across**: the elements of a vector are neighbouring
 lanes, and the walk goes on by rows.  They differ in the stride of the walk and in what of the
 panel's sums is joined at the end; all else is one code.  **Short** rows are turned into columns of
@@ -77,6 +78,7 @@ class Job:
     walk: str  # along, beside, across, or short: whole rows turned in registers
     panel: int = 4  # vectors; four independent exps hide each other's latency
     stores: str = "in_cache"
+    lanes: int = 1  # along: whose elements take turns; a power of two, at most half a vector
     masked: bool = False  # across: fewer lanes side by side than a panel has
     careful: bool = False  # largest terms are counted from the start, not where they must be
     weighted: bool = False
@@ -340,7 +342,7 @@ class Kernel:
         has the same results as the one before it for some lanes; unless their x is overwritten.
         """
         if self.job.walk != "across":
-            return self.int(0), self.int(1)
+            return self.int(0), self.int(self.job.lanes)
         b = self.b
         most, size = self.out, self.result.itemsize
         if self.writes_lanes:
@@ -826,7 +828,8 @@ class Maximum(Stage):
 
     def leave(self) -> None:
         if self.k.along:
-            self.m[0].set(self.o.max_of_elements([part.get() for part in self.parts]))
+            parts = [part.get() for part in self.parts]
+            self.m[0].set(self.o.max_of_elements(parts, self.k.job.lanes))
             return
         for m, part in zip(self.m, self.parts, strict=True):
             m.set(part.get())
@@ -945,7 +948,8 @@ class Sum(Terms):
             for c, before in zip(self.c, self.c_before, strict=True):
                 c.set(c.get() + before.get())
         if self.k.along:
-            s, c = self.o.sum_of_elements(*([one.get() for one in a] for a in (self.s, self.c)))
+            parts = ([one.get() for one in a] for a in (self.s, self.c))
+            s, c = self.o.sum_of_elements(*parts, self.k.job.lanes)
             self.s[0].set(s)
             self.c[0].set(c)
 
@@ -1079,7 +1083,8 @@ class SumOfOthers(Sum):
         self.join()
         if k.along:
             counts = [count.get() for count in self.count]
-            self.count[0].set(o.sum_of_elements(counts, [o.const(0.0)] * k.sets)[0])
+            zeros = [o.const(0.0)] * k.sets
+            self.count[0].set(o.sum_of_elements(counts, zeros, k.job.lanes)[0])
         with k.each_set(self.m, self.count, self.s, self.c) as (_, (m, count, s, c)):
             join = _scalars.with_largest if k.job.weighted else _scalars.with_equals
             rest = join(o, m.get(), count.get(), s.get(), c.get())
@@ -1353,7 +1358,7 @@ class Apply(Output):
             place = b.add(k.pairs, b.mul(place, k.int(o.real.itemsize)))
             for plane, variable in enumerate((m, first, second)):
                 value = o.load(b.add(place, b.mul(k.plane, k.int(plane))), mask)
-                variable.set(o.shuffle(value, value, [0] * o.width) if k.along else value)
+                variable.set(o.repeated(value, k.job.lanes) if k.along else value)
             self.finish(m, first, second)
 
     def finish(self, m: Variable, s: Variable, c: Variable) -> None:

@@ -147,6 +147,13 @@ class Fold:
     by_outer: Steps
     by_n: Steps
 
+    def dense(self, itemsize: int, out_itemsize: int | None) -> bool:
+        """Whether rows of neighbouring lanes have no gaps between them, in x and in out if any."""
+        steps = [(self.by_n.x, itemsize)]
+        if out_itemsize is not None:
+            steps.append((self.by_n.out, out_itemsize))
+        return self.by_n.run == self.n and all(step == self.inner * size for step, size in steps)
+
 
 def fold(
     shape: tuple[int, ...],

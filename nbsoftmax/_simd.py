@@ -67,10 +67,11 @@ class Emitter(Arithmetic):
         high = [i + d if not i & d else w + i for i in range(w)]
         return low, high
 
-    def _joined(self, parts: list[Any], join: Callable[[Any, Any], Any]) -> Any:
+    def _joined(self, parts: list[Any], join: Callable[[Any, Any], Any], lanes: int) -> Any:
         """Join the elements of each part: element i of the result is of part i, and so on again.
 
-        A part is a tuple of vectors, and so is what ``join`` makes of two.
+        A part is a tuple of vectors, and so is what ``join`` makes of two. Of a single part, every
+        element ``lanes`` further on is joined, and no other.
         """
         distance = 1
         while len(parts) > 1:
@@ -86,25 +87,34 @@ class Emitter(Arithmetic):
             ]
             distance *= 2
         (part,), step = parts, self.width // 2
-        while step >= distance:
+        while step >= max(distance, lanes):
             index = [(i + step) % self.width for i in range(self.width)]
             part = join(part, tuple(self.shuffle(v, v, index) for v in part))
             step //= 2
         return part
 
-    def max_of_elements(self, parts: list[Vector]) -> Vector:
-        """The largest element of each: in every element that of the only one, or in turn."""
-        (m,) = self._joined([(v,) for v in parts], lambda a, b: (self.larger(b[0], a[0]),))
+    def max_of_elements(self, parts: list[Vector], lanes: int = 1) -> Vector:
+        """The largest element of each: in every element that of the only one, or in turn.
+
+        The only one may hold several ``lanes``, whose elements take turns.
+        """
+        larger = self.larger
+        (m,) = self._joined([(v,) for v in parts], lambda a, b: (larger(b[0], a[0]),), lanes)
         return m
 
-    def sum_of_elements(self, s: list[Vector], c: list[Vector]) -> tuple[Vector, Vector]:
+    def sum_of_elements(
+        self, s: list[Vector], c: list[Vector], lanes: int = 1
+    ) -> tuple[Vector, Vector]:
         """The same for sums in two parts."""
         parts = list(zip(s, c, strict=True))
-        total, rest = self._joined(parts, lambda a, b: _scalars.merge(*a, *b))
+        total, rest = self._joined(parts, lambda a, b: _scalars.merge(*a, *b), lanes)
         if len(parts) > 1:
             return total, rest
-        first = [0] * self.width
-        return self.shuffle(total, total, first), self.shuffle(rest, rest, first)
+        return self.repeated(total, lanes), self.repeated(rest, lanes)
+
+    def repeated(self, value: Vector, count: int) -> Vector:
+        """The first elements of a vector, so many, again and again."""
+        return self.shuffle(value, value, [i % count for i in range(self.width)])
 
     def transpose(self, rows: list[Vector]) -> list[Vector]:
         """A square of numbers held in registers: element j of row i becomes element i of row j."""

@@ -216,6 +216,9 @@ LONG_COLUMNS = (
     ((2, 129, 300), 1),
     ((7, 33, 65), (0, 1)),
     ((7, 33, 65), (0, 2)),
+    ((1001, 4), 0),
+    ((9, 130, 8), 1),
+    ((3, 700, 2), 1),
     ((4, 50, 3, 60), (1, 3)),
     ((4, 50, 3, 60), (3, 1)),
     ((50, 4, 60, 33), (0, 2)),
@@ -306,7 +309,11 @@ REGIMES: dict[str, dict[str, int]] = {
     "in_pieces": _IN_PIECES,
     "past_cache": {"past_cache_bytes": 0},
     "beside_past_cache": {**_NEVER_TURNED, "past_cache_bytes": 0},
-    "packed": {"narrow_elements": _NEVER, "packed_bytes": 300},
+    "packed": {
+        "taking_turns_elements": _NEVER,
+        "narrow_elements": _NEVER,
+        "packed_bytes": 300,
+    },
     "blocks_in_pieces_past_cache": {**_IN_PIECES, **_CUT, "past_cache_bytes": 0,
                                     "narrow_elements": 0},
 }  # fmt: skip

@@ -31,12 +31,14 @@ def regime_of(shape, axis, dtype, op="softmax", layout="c"):
         return "packed"
     compute = max(4, size)
     in_runs = fold.by_n.run < fold.n
-    plan = _plan.plan(op, fold.outer, fold.n, fold.inner, compute, size, in_runs)
+    dense = fold.dense(size, size)
+    plan = _plan.plan(op, fold.outer, fold.n, fold.inner, compute, size, in_runs, dense=dense)
     if plan.walk == "packed":
         return "packed"
+    turns = "+turns" if plan.lanes > 1 else ""
     runs = "+runs" if in_runs or fold.by_outer.run < fold.outer else ""
-    blocks = "+blocks" if plan.blocks(fold.n) > 1 else ""
-    return plan.walk + runs + blocks + ("+past_cache" if plan.past_cache else "")
+    blocks = "+blocks" if plan.blocks(fold.n * plan.lanes) > 1 else ""
+    return plan.walk + turns + runs + blocks + ("+past_cache" if plan.past_cache else "")
 
 
 GOLDEN = [
@@ -78,8 +80,14 @@ GOLDEN = [
     ((100, 1000), 0, "float32", "across"),
     ((1024, 64, 256), 1, "float32", "across+past_cache"),
     ((32, 64, 256), 1, "float64", "across"),
-    ((1000, 3), 0, "float32", "packed"),
-    ((1000, 4), 0, "float32", "across"),
+    ((1000, 3), 0, "float32", "across"),
+    ((1000, 4), 0, "float32", "along+turns"),
+    ((1000, 8), 0, "float32", "along+turns"),
+    ((1000, 8), 0, "float64", "across"),
+    ((4, 4), 0, "float32", "along+turns"),
+    ((4, 3), 0, "float32", "across"),
+    ((20_000, 2), 0, "float32", "along+turns+blocks"),
+    ((100, 100_000, 2), 1, "float32", "along+turns+past_cache"),
     ((20, 30, 40), (0, 1), "float32", "across"),
     ((40, 50, 40), (0, 1), "float32", "across+blocks"),
     ((20, 30, 40), (1, 2), "float32", "along"),
@@ -94,7 +102,7 @@ GOLDEN = [
     ((64, 64, 56, 56), (0, 2, 3), "float32", "along+runs"),
     ((64, 64, 80, 80), (0, 2, 3), "float32", "along+runs+blocks"),
     ((100, 2, 100, 8), (1, 3), "float32", "packed"),
-    ((64, 32, 64, 3), (0, 2), "float32", "packed"),
+    ((64, 32, 64, 3), (0, 2), "float32", "across+runs"),
     ((4, 5, 6, 7, 8, 9), (0, 2, 4), "float32", "packed"),
     ((20, 30, 40), None, "float32", "along+blocks"),
     ((20, 30, 40), (), "float32", "across"),

@@ -138,10 +138,12 @@ def test_the_space_between_lanes_does_not_matter(shape, axis, layout, dtype, bac
     assert bits(all_ops(y, axis, backend)) == bits(all_ops(x, axis, backend))
 
 
-# Short rows; and lanes side by side, fewer than a vector has, some vectors and a rest, and whole.
+# Short rows; lanes side by side, fewer than a vector has, some vectors and a rest, and whole; and
+# few whose elements take turns.
 LEAVE_IN_LINES = [
     *((8, 1), (9, 3), (16, 16), (17, 5), (100, 37), (1000, 7), (77, 112)),
     *((40, 3, 5), (2, 70, 17), (5, 7, 33), (3, 9, 65), (6, 20, 32), (4, 5, 64), (1, 6, 200)),
+    *((3, 40, 4), (2, 33, 8), (1, 100, 2)),
 ]
 
 
