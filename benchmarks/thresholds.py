@@ -143,6 +143,10 @@ EXPERIMENTS: dict[str, Border | Size] = {
         _doubling(8, 512),
         lambda elements: ((100_000 // elements, elements // 4, 4), 1, "float32"),
     ),
+    "odd_turns_rows": Border(
+        (12, 24, 36, 48, 64, 96, 128),
+        lambda n: ((100_000 // n, n, 6), 1, "float32"),
+    ),
     "serial_bytes": Border(
         _doubling(32 * KIB, 512 * KIB),
         lambda size: ((size // 4000, 1000), -1, "float32"),

@@ -243,8 +243,9 @@ def _launch(
         fits = of_rows or (plan.block == n and slab <= _plan.LIMITS.slab_bytes)
         # Along, a kernel finds the first whole vector of each row. It must begin with the first of
         # the lanes whose elements take turns.
+        first = width * size if width % plan.lanes else plan.lanes * size
         starts = (out_at, by_outer.out, by_outer.out_jump)
-        along = plan.walk == "along" and all(start % (plan.lanes * size) == 0 for start in starts)
+        along = plan.walk == "along" and all(start % first == 0 for start in starts)
         if along or (across and alike and (shifted or out_at == 0)):
             stores = kernels.PAST_CACHE
         elif fits and not apart and size == real.itemsize:

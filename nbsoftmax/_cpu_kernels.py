@@ -37,7 +37,7 @@ from . import _entry, _scalars
 from ._formats import FORMATS, Format
 from ._llvm import I8, I64, Vector
 from ._semantics import LOG_SOFTMAX, LOGSUMEXP, SOFTMAX
-from ._simd import VECTOR_BYTES, Emitter, Variable
+from ._simd import VECTOR_BYTES, Emitter, Join, Variable
 
 CACHE_LINE_BYTES = 64
 PAGE_BYTES = 4096
@@ -78,7 +78,7 @@ class Job:
     walk: str  # along, beside, across, or short: whole rows turned in registers
     panel: int = 4  # vectors; four independent exps hide each other's latency
     stores: str = "in_cache"
-    lanes: int = 1  # along: whose elements take turns; a power of two, at most half a vector
+    lanes: int = 1  # along: whose elements take turns; whole panels hold as many of each
     masked: bool = False  # across: fewer lanes side by side than a panel has
     careful: bool = False  # largest terms are counted from the start, not where they must be
     weighted: bool = False
@@ -252,9 +252,14 @@ class Kernel:
         elif self.along:
             self.stride, self.rest = self.panel_elements, (self.o.width, 1)
         self.added = self.o.width if self.along else 1  # positions that one addition takes
-        self.sets = job.panel if self.beside or not self.along else 1  # sums that stay separate
-        # Vectors that hold what becomes of them: beside one for all, whose elements are the rows.
-        self.states = 1 if self.along else job.panel
+        # Whether each vector of a panel begins with another lane.
+        shifting = self.o.width % job.lanes != 0
+        if shifting:
+            self.rest = self.panel_elements, self.panel
+        # Sums that stay separate, and vectors that hold what becomes of them: beside one for all,
+        # whose elements are the rows.
+        self.sets = job.panel if self.beside or shifting or not self.along else 1
+        self.states = job.panel if shifting or not self.along else 1
 
     def int(self, value: int) -> ir.Constant:
         return ir.Constant(I64, value)
@@ -381,7 +386,7 @@ class Kernel:
             whole = b.icmp_signed(">=", item.columns, self.int(self.panel_elements))
             full = length if self.job.masked else b.select(whole, length, self.int(0))
             return Range(x, self.x_row, out, scratch, item.columns, full, length, *lane)
-        full = b.and_(length, self.int(-self.panel_elements))
+        full = self.whole_panels(length)
         return Range(x, self.x_row, out, scratch, length, full, length, *lane)
 
     def own_lines(self, base: ir.Value) -> list[ir.Value]:
@@ -390,6 +395,10 @@ class Kernel:
         size = b.mul(b.add(self.n, self.int(2 * self.o.width - 1)), self.int(self.o.real.itemsize))
         size = b.and_(size, self.int(-VECTOR_BYTES))
         return [b.add(base, b.mul(size, self.int(u))) for u in range(self.panel)]
+
+    def whole_panels(self, length: ir.Value) -> ir.Value:
+        size = self.int(self.panel_elements)
+        return self.b.mul(self.b.udiv(length, size), size)
 
     def after(self, r: Range, skip: ir.Value) -> Range:
         """Along, all but the first ``skip`` elements."""
@@ -401,7 +410,7 @@ class Kernel:
             out=b.add(r.out, b.mul(skip, self.int(self.result.itemsize))),
             scratch=b.add(r.scratch, b.mul(skip, self.int(self.o.real.itemsize))),
             count=length,
-            full=b.and_(length, self.int(-self.panel_elements)),
+            full=self.whole_panels(length),
             end=length,
         )
 
@@ -518,6 +527,19 @@ class Kernel:
         for place, group in zip(memory, groups, strict=True):
             for u, variable in enumerate(group):
                 variable.set(Vector(self.o, self.b.load(self.b.gep(place, [self.int(u)]))))
+
+    def joined(self, *groups: list[Variable], join: Join) -> None:
+        """Join the elements of vectors that belong to one lane, if there are such."""
+        if not self.along:
+            return
+        parts = [tuple(one.get() for one in part) for part in zip(*groups, strict=True)]
+        if self.beside:
+            parts = self.o.joined(parts, join)
+        else:
+            parts = self.o.joined_in_turn(parts, join, self.job.lanes)
+        for variables, part in zip(zip(*groups, strict=True), parts, strict=False):
+            for variable, value in zip(variables, part, strict=True):
+                variable.set(value)
 
     def own(self, states: list[Vector]) -> list[Vector]:
         """What each sum has of the states: beside, its element in every element of a vector."""
@@ -827,11 +849,8 @@ class Maximum(Stage):
                 o.store(k.scratch_at(item.tile, b.add(q, k.int(j)), 0), column)
 
     def leave(self) -> None:
-        if self.k.along:
-            parts = [part.get() for part in self.parts]
-            self.m[0].set(self.o.max_of_elements(parts, self.k.job.lanes))
-            return
-        for m, part in zip(self.m, self.parts, strict=True):
+        self.k.joined(self.parts, join=lambda a, b: (self.o.larger(b[0], a[0]),))
+        for m, part in zip(self.m, self.parts, strict=False):
             m.set(part.get())
 
 
@@ -947,11 +966,7 @@ class Sum(Terms):
         if not self.k.of_rows:
             for c, before in zip(self.c, self.c_before, strict=True):
                 c.set(c.get() + before.get())
-        if self.k.along:
-            parts = ([one.get() for one in a] for a in (self.s, self.c))
-            s, c = self.o.sum_of_elements(*parts, self.k.job.lanes)
-            self.s[0].set(s)
-            self.c[0].set(c)
+        self.k.joined(self.s, self.c, join=lambda a, b: _scalars.merge(*a, *b))
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
         raise NotImplementedError
@@ -1081,10 +1096,7 @@ class SumOfOthers(Sum):
     def take_careful(self) -> None:
         k, o = self.k, self.o
         self.join()
-        if k.along:
-            counts = [count.get() for count in self.count]
-            zeros = [o.const(0.0)] * k.sets
-            self.count[0].set(o.sum_of_elements(counts, zeros, k.job.lanes)[0])
+        k.joined(self.count, join=lambda a, b: (a[0] + b[0],))
         with k.each_set(self.m, self.count, self.s, self.c) as (_, (m, count, s, c)):
             join = _scalars.with_largest if k.job.weighted else _scalars.with_equals
             rest = join(o, m.get(), count.get(), s.get(), c.get())
@@ -1351,14 +1363,17 @@ class Apply(Output):
 
     def parameters(self) -> None:
         k, o, b = self.k, self.o, self.k.b
-        with k.each_set(self.m, self.first, self.second) as (u, (m, first, second)):
-            start = b.mul(u, k.int(o.width))
-            mask = o.live(b.sub(self.current.columns, start))
-            place = b.add(self.current.lane, start)
-            place = b.add(k.pairs, b.mul(place, k.int(o.real.itemsize)))
-            for plane, variable in enumerate((m, first, second)):
+        for plane, group in enumerate((self.m, self.first, self.second)):
+            for u, variable in enumerate(group):
+                start = k.int(0 if k.along else u * o.width)
+                mask = o.live(b.sub(self.current.columns, start))
+                place = b.add(self.current.lane, start)
+                place = b.add(k.pairs, b.mul(place, k.int(o.real.itemsize)))
                 value = o.load(b.add(place, b.mul(k.plane, k.int(plane))), mask)
-                variable.set(o.repeated(value, k.job.lanes) if k.along else value)
+                if k.along:
+                    value = o.in_turn(value, k.job.lanes, u * o.width)
+                variable.set(value)
+        with k.each_set(self.m, self.first, self.second) as (_, (m, first, second)):
             self.finish(m, first, second)
 
     def finish(self, m: Variable, s: Variable, c: Variable) -> None:

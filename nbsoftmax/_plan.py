@@ -55,11 +55,13 @@ class Limits:
     # logsumexp of so few numbers is so often near 0, in one of the lanes of a vector, that all are
     # summed as it wants.
     careful_elements: int = 5
-    # Two, four or eight neighbouring lanes (less than a vector) are walked along, their elements in
-    # turn, if they have so many in all: across, most of a vector is empty. 2 to 7 times faster.
+    # A few neighbouring lanes, less than a vector, are walked along, their elements in turn, if
+    # they hold so many: across, most of a vector is empty. 2 to 7 times faster.
     taking_turns_elements: int = 16
-    # Fewer neighbouring lanes than this are packed to rows: none (3 lanes of 100,000 float32 are
-    # faster so, but it takes 40 us to begin).
+    # Where vectors begin with other lanes, there is one sum for each vector of a panel, and more to
+    # join at the end: it takes so many rows to pay, up to 3 times.
+    odd_turns_rows: int = 64
+    # Fewer neighbouring lanes than this are packed to rows: none, which takes 40 us to begin.
     narrow_elements: int = 2
     # Up to this, machine code finds a call that is known (`_direct`), and holds the interpreter's
     # lock meanwhile: 5 us in float32, 10 in float64.
@@ -185,9 +187,14 @@ def plan(
     if op == LOGSUMEXP:
         short, beside = 2 * short, 2 * beside
     lanes = 1
-    fill_vectors = dense and 1 < inner <= width // 2 and width % inner == 0
-    if fill_vectors and n * inner >= limits.taking_turns_elements:
+    # A panel of 3 vectors holds as many elements of each of 3, 6 or 12 lanes; one of 5, of 5 or 10.
+    odd = inner // (inner & -inner)
+    enough = n * inner >= limits.taking_turns_elements
+    if odd > 1:
+        enough = odd <= 5 and n >= limits.odd_turns_rows
+    if dense and 1 < inner < width and enough:
         n, inner, lanes = n * inner, 1, inner
+    panel = 4 if odd == 1 or lanes == 1 else odd
     lane = n * compute_itemsize
     if inner > 1:
         if inner < limits.narrow_elements:
@@ -208,6 +215,7 @@ def plan(
     few = outer < limits.few_lanes and not alone
     if lane > (limits.few_lanes_bytes if few else limits.lane_bytes):
         block = limits.block_bytes // compute_itemsize
-        whole_vectors = -(-block // width) * width
-        return Plan("along", 4, whole_vectors if runs or lanes > 1 else block, past_cache, lanes)
-    return Plan("along", 4, n, past_cache, lanes)
+        if runs or lanes > 1:
+            block = -(-block // (panel * width)) * panel * width
+        return Plan("along", panel, block, past_cache, lanes)
+    return Plan("along", panel, n, past_cache, lanes)

@@ -7,7 +7,6 @@ nor to interleave the passes over several lanes.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -16,6 +15,8 @@ from . import _scalars
 from ._llvm import I8, I32, I64, Arithmetic, Vector
 
 VECTOR_BYTES = 64
+Part = tuple[Vector, ...]
+Join = Callable[[Part, Part], Part]
 
 
 class Variable:
@@ -67,12 +68,8 @@ class Emitter(Arithmetic):
         high = [i + d if not i & d else w + i for i in range(w)]
         return low, high
 
-    def _joined(self, parts: list[Any], join: Callable[[Any, Any], Any], lanes: int) -> Any:
-        """Join the elements of each part: element i of the result is of part i, and so on again.
-
-        A part is a tuple of vectors, and so is what ``join`` makes of two. Of a single part, every
-        element ``lanes`` further on is joined, and no other.
-        """
+    def joined(self, parts: list[Part], join: Join) -> list[Part]:
+        """Join the elements of each part in one: element i is of part i, and so on again."""
         distance = 1
         while len(parts) > 1:
             low, high = self._halves(distance)
@@ -86,35 +83,33 @@ class Emitter(Arithmetic):
                 for pair in zip(parts[::2], parts[1::2], strict=True)
             ]
             distance *= 2
-        (part,), step = parts, self.width // 2
-        while step >= max(distance, lanes):
-            index = [(i + step) % self.width for i in range(self.width)]
-            part = join(part, tuple(self.shuffle(v, v, index) for v in part))
-            step //= 2
-        return part
+        return self.joined_in_turn(parts, join, distance)
 
-    def max_of_elements(self, parts: list[Vector], lanes: int = 1) -> Vector:
-        """The largest element of each: in every element that of the only one, or in turn.
+    def joined_in_turn(self, parts: list[Part], join: Join, lanes: int) -> list[Part]:
+        """Join all elements of a lane, which are ``lanes`` apart in the parts, laid in a row.
 
-        The only one may hold several ``lanes``, whose elements take turns.
+        All of them become the same bits if ``join`` does not ask which comes first.
         """
-        larger = self.larger
-        (m,) = self._joined([(v,) for v in parts], lambda a, b: (larger(b[0], a[0]),), lanes)
-        return m
+        distance = len(parts) * self.width // 2
+        while distance >= lanes:
+            rings = list(zip(*parts, strict=True))
+            further = [
+                tuple(self._from(ring, u * self.width + distance) for ring in rings)
+                for u in range(len(parts))
+            ]
+            parts = [join(*pair) for pair in zip(parts, further, strict=True)]
+            distance //= 2
+        return parts
 
-    def sum_of_elements(
-        self, s: list[Vector], c: list[Vector], lanes: int = 1
-    ) -> tuple[Vector, Vector]:
-        """The same for sums in two parts."""
-        parts = list(zip(s, c, strict=True))
-        total, rest = self._joined(parts, lambda a, b: _scalars.merge(*a, *b), lanes)
-        if len(parts) > 1:
-            return total, rest
-        return self.repeated(total, lanes), self.repeated(rest, lanes)
+    def _from(self, vectors: Sequence[Vector], first: int) -> Vector:
+        """A vector that begins at element ``first`` of some that follow each other in a ring."""
+        u, start = divmod(first, self.width)
+        index = [start + i for i in range(self.width)]
+        return self.shuffle(vectors[u % len(vectors)], vectors[(u + 1) % len(vectors)], index)
 
-    def repeated(self, value: Vector, count: int) -> Vector:
-        """The first elements of a vector, so many, again and again."""
-        return self.shuffle(value, value, [i % count for i in range(self.width)])
+    def in_turn(self, value: Vector, lanes: int, first: int) -> Vector:
+        """Its first ``lanes`` elements again and again, from number ``first`` of them on."""
+        return self.shuffle(value, value, [(first + i) % lanes for i in range(self.width)])
 
     def transpose(self, rows: list[Vector]) -> list[Vector]:
         """A square of numbers held in registers: element j of row i becomes element i of row j."""
