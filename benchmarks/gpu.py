@@ -227,7 +227,7 @@ class Torch:
     name = "torch"
 
     def __init__(self) -> None:
-        self.torch = _module("torch")
+        self.torch = imported("torch")
         if not self.torch.cuda.is_available():
             raise Lacks("torch sees no GPU")
         self.device = "cuda"
@@ -272,7 +272,7 @@ class CuPy:
     name = "CuPy"
 
     def __init__(self) -> None:
-        self.cupy = _module("cupy")
+        self.cupy = imported("cupy")
         if not self.cupy.cuda.is_available():
             raise Lacks("CuPy sees no GPU")
         self._generator = self.cupy.random.default_rng(7)
@@ -318,7 +318,7 @@ class Numba:
     name = "Numba"
 
     def __init__(self) -> None:
-        self.cuda = _module("numba.cuda")
+        self.cuda = imported("numba.cuda")
         if not self.cuda.is_available():
             raise Lacks("Numba sees no GPU")
 
@@ -421,7 +421,8 @@ def library_of(name: str | None) -> Library:
     raise SystemExit(f"no arrays on a GPU: {'; '.join(reasons)}")
 
 
-def _module(name: str) -> Any:
+def imported(name: str) -> Any:
+    """Return a module, or raise `Lacks` with the reason why there is none."""
     try:
         return importlib.import_module(name)
     except Exception as error:  # a library that does not fit the driver fails in many ways
@@ -431,7 +432,7 @@ def _module(name: str) -> Any:
 
 def _numpy_dtype(name: str) -> np.dtype[Any]:
     if name == "bfloat16":
-        return np.dtype(_module("ml_dtypes").bfloat16)
+        return np.dtype(imported("ml_dtypes").bfloat16)
     return np.dtype(name)
 
 
@@ -500,19 +501,19 @@ class Pool:
 
 
 def _nbsoftmax(case: Case, arrays: Arrays) -> Call:
-    function, x = getattr(_module("nbsoftmax"), case.op), arrays.x
+    function, x = getattr(imported("nbsoftmax"), case.op), arrays.x
     return lambda i: function(x[i % len(x)], axis=case.axis)
 
 
 def _nbsoftmax_out(case: Case, arrays: Arrays) -> Call:
-    function, x, out = getattr(_module("nbsoftmax"), case.op), arrays.x, arrays.out
+    function, x, out = getattr(imported("nbsoftmax"), case.op), arrays.x, arrays.out
     return lambda i: function(x[i % len(x)], axis=case.axis, out=out[i % len(x)])
 
 
 def _torch_of(arrays: Arrays) -> Any:
     if arrays.library.name != "torch":
         raise Lacks(f"needs torch tensors; the arrays are {arrays.library.name}'s")
-    return _module("torch")
+    return imported("torch")
 
 
 def _torch(case: Case, arrays: Arrays) -> Call:
@@ -531,7 +532,7 @@ def _torch_compile(case: Case, arrays: Arrays) -> Call:
 
 
 def _cupy(case: Case, arrays: Arrays) -> Call:
-    cupy = _module("cupy")
+    cupy = imported("cupy")
     if arrays.library.name == "host":
         raise Lacks("needs arrays on a GPU")
     if case.dtype == "bfloat16":
@@ -568,8 +569,8 @@ TILE = 1024  # numbers of a program's short rows
 def _triton_kernel() -> Any:
     """Return the kernel: a program holds one row, or several short ones, in registers."""
     global tl  # where Triton's compiler looks the name up
-    triton = _module("triton")
-    tl = _module("triton.language")
+    triton = imported("triton")
+    tl = imported("triton.language")
 
     @triton.jit
     def kernel(
@@ -653,7 +654,7 @@ def _quack(case: Case, arrays: Arrays) -> Call:
     if case.dtype == "float64":
         raise Lacks("QuACK has no float64")
     # The package has a function of the same name as the module.
-    function, x = _module("quack.softmax").softmax, arrays.x
+    function, x = imported("quack.softmax").softmax, arrays.x
     return lambda i: function(x[i % len(x)])
 
 
@@ -687,7 +688,7 @@ def missing(library: Library) -> dict[str, str]:
             if library.name != "torch" and "torch" in modules:
                 raise Lacks(f"needs torch tensors; the arrays are {library.name}'s")
             for module in modules:
-                _module(module)
+                imported(module)
         except Lacks as error:
             found[name] = str(error)
     return found
@@ -748,10 +749,11 @@ class Reference:
         whole = (slice(None),) if len(shape) == len(self.case.shape) else ()
         at = self.case.place
         index = [lane[:at] + whole + lane[at:] for lane in self._lanes]
-        return np.array([_to_numpy(array[each]) for each in index])
+        return np.array([to_numpy(array[each]) for each in index])
 
 
-def _to_numpy(array: Any) -> Array:
+def to_numpy(array: Any) -> Array:
+    """Return the numbers of any library's array, in float64."""
     if hasattr(array, "cpu"):  # torch, which knows how to widen bfloat16
         return array.double().cpu().numpy()
     return np.asarray(array.get() if hasattr(array, "get") else array).astype(np.float64)
@@ -1011,7 +1013,7 @@ def versions() -> dict[str, str]:
     """Return the versions of the packages that are installed."""
     found = {"Python": platform.python_version()}
     with contextlib.suppress(Lacks):
-        found["nbsoftmax"] = _module("nbsoftmax").__version__
+        found["nbsoftmax"] = imported("nbsoftmax").__version__
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
@@ -1020,7 +1022,7 @@ def versions() -> dict[str, str]:
 
 def gpu() -> Report:
     """Describe the current GPU, as the driver does."""
-    driver = _module("cuda.bindings.driver")
+    driver = imported("cuda.bindings.driver")
     attributes = driver.CUdevice_attribute
     _answer(driver.cuInit(0))
     device = _answer(driver.cuDeviceGet(0))

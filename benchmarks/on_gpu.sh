@@ -4,9 +4,10 @@
 #   benchmarks/on_gpu.sh
 #   PYTHON=~/env/bin/python OUT=figures MINUTES=5 TEST_SECONDS=60 benchmarks/on_gpu.sh
 #
-# Nothing is installed. OUT (benchmarks/results) receives gpu.json and the logs cuda_tests.log and
-# gpu.log. The exit status is 0, or 1 if tests failed, 2 if something could not be timed, 3 for
-# both, and 4 if the package cannot run here: then the output says what to carry to this machine.
+# Nothing is installed. OUT (benchmarks/results) receives gpu.json, gpu_fused.json and the logs
+# cuda_tests.log, gpu_fused.log and gpu.log. The exit status is 0, or 1 if tests failed, 2 if
+# something could not be timed, 3 for both, and 4 if the package cannot run here: then the output
+# says what to carry to this machine.
 set -euo pipefail
 started=$SECONDS
 
@@ -46,6 +47,12 @@ case $tests in
 esac
 echo "== tests: $tests_say" | tee -a "$OUT/cuda_tests.log"
 
+echo "== kernels with a softmax inside"
+fused=0
+timeout --signal=INT --kill-after=10 60 \
+  "$PYTHON" benchmarks/gpu_fused.py --json "$OUT/gpu_fused.json" 2>&1 |
+  tee "$OUT/gpu_fused.log" || fused=$?
+
 echo "== times"
 # A case takes up to half a minute: the last one must have ended before the time is up.
 left=$((MINUTES * 60 - (SECONDS - started)))
@@ -55,5 +62,5 @@ timeout --signal=INT --kill-after=10 $((left > 60 ? left : 60)) \
   "$PYTHON" benchmarks/gpu.py --minutes "$minutes" --json "$OUT/gpu.json" 2>&1 |
   tee "$OUT/gpu.log" || times=$?
 
-echo "== $((SECONDS - started)) s; tests $tests_say; times: status $times; see $OUT"
-exit $(((tests != 0 ? 1 : 0) + (times != 0 ? 2 : 0)))
+echo "== $((SECONDS - started)) s; tests $tests_say; times: status $times, $fused; see $OUT"
+exit $(((tests != 0 ? 1 : 0) + (times != 0 || fused != 0 ? 2 : 0)))

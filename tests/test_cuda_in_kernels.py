@@ -369,6 +369,21 @@ def test_fused_sampling():
     np.testing.assert_array_equal(chosen, logits.argmax(axis=1))
 
 
+@pytest.mark.filterwarnings("ignore")  # the simulator's random numbers, again
+def test_what_they_are_timed_against_has_the_same_results(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES.parent / "benchmarks")
+    gpu, timed = (importlib.import_module(name) for name in ("gpu", "gpu_fused"))
+    monkeypatch.setattr(timed, "LENGTHS", {"attention": 300, "sampling": 130})
+    library = gpu.Host() if cuda_arrays.SIMULATED else gpu.library_of(None)
+    for make in (timed.attention, timed.sampling):
+        problem = make(library, 4)
+        for name, call in problem.calls.items():
+            result = call(0)
+            assert problem.wrong(result) is None, name
+            spoiled = (result[0], result[1] - 1) if isinstance(result, tuple) else 2 * result
+            assert problem.wrong(spoiled) is not None
+
+
 # -- compiled -------------------------------------------------------------------------------------
 
 COMPILED = """
