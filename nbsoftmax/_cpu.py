@@ -239,8 +239,10 @@ def _launch(
     stores = kernels.IN_CACHE
     if plan.past_cache and out_at % size == 0:
         slab = n * inner * size
-        apart = (by_n.out, by_outer.out, by_outer.out_jump) != (inner * size, slab, 0) or in_runs
-        fits = of_rows or (plan.block == n and slab <= _plan.LIMITS.slab_bytes)
+        apart = by_n.out != inner * size or in_runs
+        apart = apart or (outer > 1 and (by_outer.out, by_outer.out_jump) != (slab, 0))
+        held = min(n, plan.block) * inner * size
+        fits = of_rows or (across and held <= _plan.LIMITS.slab_bytes)
         # Along, a kernel finds the first whole vector of each row. It must begin with the first of
         # the lanes whose elements take turns.
         first = width * size if width % plan.lanes else plan.lanes * size

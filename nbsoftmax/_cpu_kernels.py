@@ -2,12 +2,12 @@
 
 Every array is seen as ``(outer, n, inner)``, the lane in the middle.  A *panel* is up to four
 vectors side by side.  **Along**: the lane itself is contiguous (inner = 1), a panel is four vectors
-of one lane and the walk goes on by panels; or of two, four or eight lanes whose elements take
-turns.  **Beside**: a panel is one vector of each of four such
-lanes, and the walk goes on by vectors.  **Across**: the elements of a vector are neighbouring
-lanes, and the walk goes on by rows.  They differ in the stride of the walk and in what of the
-panel's sums is joined at the end; all else is one code.  **Short** rows are turned into columns of
-a tile in registers, walked across, and turned back.
+of one lane and the walk goes on by panels; a few lanes side by side are walked as one, their
+elements in turn.  **Beside**: a panel is one vector of each of four such lanes, and the walk goes
+on by vectors.  **Across**: the elements of a vector are neighbouring lanes, and the walk goes on by
+rows.  They differ in the stride of the walk and in what of the panel's sums is joined at the end;
+all else is one code.  **Short** rows are turned into columns of a tile in registers, walked across,
+and turned back.
 
 A lane may be cut into *blocks* of fixed length: then one call makes the pairs ``(m, s, c)`` of all
 blocks, a second merges them, and a third applies the result.  The work list is
@@ -64,7 +64,7 @@ COPY, READ = "copy", "read"  # yardsticks: the same walk without the mathematics
 SEGMENT_ADDITIONS = 128
 OF_ROWS = ("short", "beside")  # walks whose items are groups of whole rows
 # Stores past the cache leave it to others. Either out lies on whole vectors; or results are held
-# until they fill lines: groups of rows, or across a slab, all results of an outer index.
+# until they fill lines: groups of rows, or across a slab, all lanes' results of one block.
 IN_CACHE, PAST_CACHE, BY_LINES = "in_cache", "past_cache", "by_lines"
 
 
@@ -77,7 +77,7 @@ class Job:
     result: str
     walk: str  # along, beside, across, or short: whole rows turned in registers
     panel: int = 4  # vectors; four independent exps hide each other's latency
-    stores: str = "in_cache"
+    stores: str = "in_cache"  # or past_cache, or by_lines
     lanes: int = 1  # along: whose elements take turns; whole panels hold as many of each
     masked: bool = False  # across: fewer lanes side by side than a panel has
     careful: bool = False  # largest terms are counted from the start, not where they must be
@@ -586,7 +586,8 @@ class Kernel:
         # reason to load before anything is stored: a load waits for a store before it whose place
         # in a page it overlaps in part, as rows of x and out often do.
         turns = [(stage, u) for stage in reversed(stages) for u in range(vectors)]
-        groups = [turns] if self.along else [[turn] for turn in turns]
+        together = self.along or len(STAGES[self.job.op]) == 1
+        groups = [turns] if together else [[turn] for turn in turns]
         mask_of = self.mask_of if masked else self.run_mask
         sums = [stage for stage in stages if isinstance(stage, Sum)]
         with self.o.loop(start, end, step) as j:
@@ -655,7 +656,7 @@ class Kernel:
         size = b.mul(self.scratch, self.int(parts))
         slab = self.int(0)
         if self.by_slabs:
-            slab = b.add(self.out_outer, self.int(2 * VECTOR_BYTES))
+            slab = b.add(b.mul(self.block, self.out_row), self.int(2 * VECTOR_BYTES))
         memory = self._malloc(b.add(b.add(size, slab), self.int(VECTOR_BYTES + PAGE_BYTES)))
         self.buffer = self.apart(memory)
         self.shifted_x = b.add(self.buffer, self.scratch)
@@ -1184,8 +1185,10 @@ class Output(Stage):
     def begin(self, low: ir.Value) -> None:
         if self.lines is not None:
             k = self.k
-            outer = k.b.udiv(low, k.panels)
-            self.lines.begin(k.b.add(k.out, k.b.mul(outer, k.out_outer)))
+            b, rest = k.b, k.b.udiv(low, k.panels)
+            start = b.mul(b.mul(b.urem(rest, k.blocks), k.block), k.out_row)
+            outer = b.mul(b.udiv(rest, k.blocks), k.out_outer)
+            self.lines.begin(b.add(k.out, b.add(outer, start)))
 
     def end(self) -> None:
         if self.lines is not None:
@@ -1222,7 +1225,7 @@ class Output(Stage):
         sees no stream here.
         """
         k, b = self.k, self.k.b
-        self.ahead = k.early("out", self.current, next_item)
+        self.ahead_out = k.early("out", self.current, next_item)
         if k.sends_vectors:
             size = b.mul(next_item.length, k.int(k.result.itemsize))
             for place in (next_item.out, b.add(next_item.out, size)):
@@ -1231,7 +1234,7 @@ class Output(Stage):
     def prefetch_out(self, j: ir.Value) -> None:
         k = self.k
         if (k.job.walk == "across" or k.lane_in_runs) and k.job.stores == IN_CACHE:
-            k.prefetch("out", self.ahead, j, k.panel)
+            k.prefetch("out", self.ahead_out, j, k.panel)
 
     def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
         self.k.store_out(self.range, j, u, self.result(value, u), mask)
@@ -1262,11 +1265,12 @@ class Output(Stage):
         if self.lines is None:
             return
         k, b, item = self.k, self.k.b, self.current
-        idle = b.icmp_signed("==", item.length, k.int(0))
-        rows = item.columns
+        there = b.icmp_signed(">", item.length, k.int(0))
+        size = b.mul(item.columns, k.out_outer)
         if k.by_slabs:
-            rows = b.zext(b.icmp_signed("==", b.add(item.first, item.columns), k.inner), I64)
-        self.lines.take(b.mul(b.select(idle, k.int(0), rows), k.out_outer))
+            whole = b.icmp_signed("==", b.add(item.first, item.columns), k.inner)
+            there, size = b.and_(there, whole), b.mul(item.length, k.out_row)
+        self.lines.take(b.select(there, size, k.int(0)))
 
 
 class Lines:

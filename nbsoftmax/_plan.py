@@ -81,8 +81,10 @@ class Limits:
     # out lie there together with what others have. A third faster from there on; who reads the
     # result at once waits for memory instead, and gains from 12 MB on (Zen 4).
     past_cache_bytes: int = 10 * 1024 * 1024
-    # Across, an outer index' results of up to this size may wait until they fill whole lines.
+    # Across, a block's results of all lanes, up to this size, may wait until they fill whole lines.
+    # Blocks are made as small as that where they keep so many rows.
     slab_bytes: int = 256 * 1024
+    slab_rows: int = 64
     # What large results leave is kept for the next ones, up to so much.
     kept_bytes: int = 256 * 1024 * 1024
     # Items up to this long are fetched while the item before them is worked on: so nothing is
@@ -203,7 +205,11 @@ def plan(
         row = panel * VECTOR_BYTES
         few = not alone and outer * -(-inner // (panel * width)) < limits.few_panels
         if n * row > (limits.few_panels_bytes if few else limits.panel_bytes):
-            return Plan("across", panel, max(8, limits.panel_block_bytes // row), past_cache)
+            block = max(8, limits.panel_block_bytes // row)
+            slab = limits.slab_bytes // (inner * max(compute_itemsize, result_itemsize))
+            if slab >= limits.slab_rows:
+                block = min(block, slab)
+            return Plan("across", panel, block, past_cache)
         return Plan("across", panel, n, past_cache)
     of_rows = not runs and lanes == 1
     if n <= short and outer >= width // 2 and of_rows:

@@ -217,11 +217,8 @@ LONG_COLUMNS = (
     ((7, 33, 65), (0, 1)),
     ((7, 33, 65), (0, 2)),
     ((1001, 4), 0),
-    ((9, 130, 8), 1),
     ((2, 1003, 3), 1),
     ((501, 6), 0),
-    ((3, 333, 10), 1),
-    ((3, 700, 2), 1),
     ((4, 50, 3, 60), (1, 3)),
     ((4, 50, 3, 60), (3, 1)),
     ((50, 4, 60, 33), (0, 2)),
@@ -282,7 +279,6 @@ _NEVER = 1 << 60
 _NEVER_TURNED = {"short_float32_elements": 0, "short_float64_elements": 0}
 _NEVER_BESIDE = {"beside_float32_elements": 0, "beside_float64_elements": 0}
 _CUT = {
-    "odd_turns_rows": 0,
     **_NEVER_BESIDE,
     "lane_bytes": 200,
     "few_lanes_bytes": 200,
@@ -302,7 +298,6 @@ _IN_PIECES = {
 REGIMES: dict[str, dict[str, int]] = {
     "default": {},
     "whole_lanes": {
-        "odd_turns_rows": 0,
         **_NEVER_TURNED,
         **_NEVER_BESIDE,
         "lane_bytes": _NEVER,
