@@ -24,7 +24,7 @@ from scipy import special
 
 import gpu
 import nbsoftmax
-from gpu import Call, Report, to_numpy
+from gpu import COPY, Call, Report, to_numpy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import fused_cuda
@@ -33,7 +33,7 @@ RESULT = Path(__file__).parent / "results" / "gpu_fused.json"
 ROWS = {"attention": 2**17, "sampling": 2**11}
 LENGTHS = {"attention": fused_cuda.LONGEST, "sampling": 50_257}
 SCALE, TEMPERATURE = np.float32(0.125), np.float32(0.7)
-FUSED, COPY = "fused", "copy"
+FUSED = "fused"
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,16 @@ def launched(library: gpu.Library, array: Any) -> Any:
     return array if library.name == "host" else gpu.imported("numba.cuda").as_cuda_array(array)
 
 
-def softmax_of(library: gpu.Library, op: str) -> dict[str, Callable[[Any], Any]]:
-    """Return the softmax functions that the calls one by one may use."""
+def calls_of(
+    fused: Call, one_by_one: Callable[[Callable[[Any], Any]], Call], library: gpu.Library, op: str
+) -> dict[str, Call]:
+    """Return the fused call, and those one by one with each softmax function that they may use."""
     ours = getattr(nbsoftmax, op)
-    found = {"nbsoftmax": lambda x: ours(x, axis=-1)}
+    calls = {FUSED: fused, f"nbsoftmax's {op}": one_by_one(lambda x: ours(x, axis=-1))}
     if library.name == "torch":
         theirs = getattr(module_of(library), op)
-        found["torch"] = lambda x: theirs(x, -1)
-    return found
+        calls[f"torch's {op}"] = one_by_one(lambda x: theirs(x, -1))
+    return calls
 
 
 def attention(library: gpu.Library, rows: int) -> Problem:
@@ -85,14 +87,13 @@ def attention(library: gpu.Library, rows: int) -> Problem:
     def one_by_one(softmax: Callable[[Any], Any]) -> Call:
         return lambda _: softmax(xp.where(visible, scores * float(SCALE), hidden))
 
-    functions = softmax_of(library, "softmax").items()
     first = to_numpy(scores[:4])
     want = special.softmax(np.where(first > -10, first * float(SCALE), -np.inf), axis=-1)
 
     def wrong(result: Any) -> str | None:
         return None if np.allclose(to_numpy(result[:4]), want, 1e-4) else "wrong weights"
 
-    calls = {FUSED: fused, **{f"{name}'s softmax": one_by_one(f) for name, f in functions}}
+    calls = calls_of(fused, one_by_one, library, "softmax")
     return Problem("attention", calls, wrong, rows * shape[1])
 
 
@@ -120,7 +121,6 @@ def sampling(library: gpu.Library, rows: int) -> Problem:
 
         return call
 
-    functions = softmax_of(library, "log_softmax").items()
     want = special.log_softmax(to_numpy(logits[:4]) / float(TEMPERATURE), axis=-1)
 
     def wrong(result: Any) -> str | None:
@@ -128,7 +128,7 @@ def sampling(library: gpu.Library, rows: int) -> Problem:
         chances = want[np.arange(len(drawn)), drawn.astype(int)]
         return None if np.allclose(got, chances, 1e-4, 1e-4) else "not the logs of these tokens"
 
-    calls = {FUSED: fused, **{f"{name}'s log_softmax": one_by_one(f) for name, f in functions}}
+    calls = calls_of(fused, one_by_one, library, "log_softmax")
     return Problem("sampling", calls, wrong, rows * n)
 
 

@@ -95,8 +95,7 @@ def _call(
     threads = _pool.most_threads() if work_bytes >= _plan.LIMITS.serial_bytes else 1
     wakes = work_bytes >= _plan.LIMITS.wake_bytes
     if threads > 1:
-        by_slabs = job.walk == "across" and job.stores == kernels.BY_LINES
-        group = panels if by_slabs else job.group
+        group = panels if job.by_slabs else job.group
         chunk = _plan.chunk_items(items, item_bytes, group, threads, wakes)
     rows = block + 2 * width if job.of_rows else block
     row = {"along": itemsize, "beside": job.panel * itemsize}.get(
@@ -189,6 +188,37 @@ def _reads(dtype: np.dtype[Any]) -> bool:
     return dtype.name != "float16" or kernels.HALF_IN_HARDWARE
 
 
+def _past_cache(
+    fold: _semantics.Fold,
+    plan: _plan.Plan,
+    size: int,
+    real_size: int,
+    out_at: int,
+    whole_vectors: bool,
+) -> str:
+    """How results of ``size`` bytes leave past the cache, if they can.
+
+    ``whole_vectors`` says that those of out are panels across.
+    """
+    by_n, by_outer, inner = fold.by_n, fold.by_outer, fold.inner
+    width = _plan.VECTOR_BYTES // real_size
+    if plan.walk == "across" and whole_vectors:
+        return kernels.PAST_CACHE
+    if plan.walk == "along":
+        # A kernel finds the first whole vector of each row. It must begin with the first of the
+        # lanes whose elements take turns.
+        first = width * size if width % plan.lanes else plan.lanes * size
+        starts = (out_at, by_outer.out, by_outer.out_jump)
+        return kernels.IN_CACHE if any(start % first for start in starts) else kernels.PAST_CACHE
+    row = inner * size
+    gaps = by_n.out != row or by_n.run < fold.n
+    if fold.outer > 1:
+        gaps = gaps or (by_outer.out, by_outer.out_jump) != (fold.n * row, 0)
+    held = 0 if plan.walk in kernels.OF_ROWS else min(fold.n, plan.block) * row
+    fits = held <= _plan.LIMITS.slab_bytes and size == real_size
+    return kernels.BY_LINES if fits and not gaps else kernels.IN_CACHE
+
+
 @functools.lru_cache(maxsize=1024)
 def _launch(
     op: str,
@@ -238,20 +268,8 @@ def _launch(
     of_rows = plan.walk in kernels.OF_ROWS
     stores = kernels.IN_CACHE
     if plan.past_cache and out_at % size == 0:
-        slab = n * inner * size
-        apart = by_n.out != inner * size or in_runs
-        apart = apart or (outer > 1 and (by_outer.out, by_outer.out_jump) != (slab, 0))
-        held = min(n, plan.block) * inner * size
-        fits = of_rows or (across and held <= _plan.LIMITS.slab_bytes)
-        # Along, a kernel finds the first whole vector of each row. It must begin with the first of
-        # the lanes whose elements take turns.
-        first = width * size if width % plan.lanes else plan.lanes * size
-        starts = (out_at, by_outer.out, by_outer.out_jump)
-        along = plan.walk == "along" and all(start % first == 0 for start in starts)
-        if along or (across and alike and (shifted or out_at == 0)):
-            stores = kernels.PAST_CACHE
-        elif fits and not apart and size == real.itemsize:
-            stores = kernels.BY_LINES
+        whole_vectors = alike and (shifted or out_at == 0)
+        stores = _past_cache(fold, plan, size, real.itemsize, out_at, whole_vectors)
     row = plan.panel * _plan.VECTOR_BYTES if across else real.itemsize
     item_bytes = min(n, plan.block) * row
     jumps = by_outer.run < outer if of_rows else in_runs

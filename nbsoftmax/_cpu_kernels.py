@@ -77,7 +77,7 @@ class Job:
     result: str
     walk: str  # along, beside, across, or short: whole rows turned in registers
     panel: int = 4  # vectors; four independent exps hide each other's latency
-    stores: str = "in_cache"  # or past_cache, or by_lines
+    stores: str = IN_CACHE  # or one of the two past it
     lanes: int = 1  # along: whose elements take turns; whole panels hold as many of each
     masked: bool = False  # across: fewer lanes side by side than a panel has
     careful: bool = False  # largest terms are counted from the start, not where they must be
@@ -93,6 +93,11 @@ class Job:
         """Rows that are one item."""
         width = VECTOR_BYTES // FORMATS[self.source].real.itemsize
         return {"short": width, "beside": self.panel}.get(self.walk, 1)
+
+    @property
+    def by_slabs(self) -> bool:
+        """Whether what is held until it fills lines are a block's results of all lanes."""
+        return self.stores == BY_LINES and self.walk == "across"
 
 
 # The numbers a kernel is told, in this order: strides and steps in bytes.
@@ -233,8 +238,7 @@ class Kernel:
         self.of_rows, self.group = job.of_rows, job.group
         self.lane_in_runs = job.runs and not self.of_rows
         self.vectors_in_runs = job.runs and job.walk == "along"  # each may be of another run
-        self.by_lines = job.stores == BY_LINES
-        self.by_slabs = self.by_lines and job.walk == "across"
+        self.by_slabs = job.by_slabs
         self.sends_vectors = job.stores == PAST_CACHE and job.walk == "along"  # and not panels
         # Across, the first stage copies what it reads: rows that are far apart compete for the same
         # few places of a cache, and would be read from memory by every stage. In runs, it does so
@@ -397,6 +401,7 @@ class Kernel:
         return [b.add(base, b.mul(size, self.int(u))) for u in range(self.panel)]
 
     def whole_panels(self, length: ir.Value) -> ir.Value:
+        """How many of so many elements are those of whole panels."""
         size = self.int(self.panel_elements)
         return self.b.mul(self.b.udiv(length, size), size)
 
@@ -617,7 +622,11 @@ class Kernel:
         return self.mask(stage.range, j, u)
 
     def run_mask(self, stage: "Stage", j: ir.Value, u: int) -> Vector | None:
-        """Along in runs, what of a vector belongs to one; sums are of a copy without gaps."""
+        """What of a vector counts where whole ones are walked.
+
+        Along in runs, what belongs to one; but sums are of a copy without gaps. Across, the lanes
+        that there are, if they are fewer than a panel has.
+        """
         gaps = self.vectors_in_runs and not isinstance(stage, Sum)
         return self.mask(stage.range, j, u) if gaps or self.job.masked else None
 
@@ -660,9 +669,9 @@ class Kernel:
         memory = self._malloc(b.add(b.add(size, slab), self.int(VECTOR_BYTES + PAGE_BYTES)))
         self.buffer = self.apart(memory)
         self.shifted_x = b.add(self.buffer, self.scratch)
-        self.packed_x = self.held = b.add(self.shifted_x, self.scratch)
+        self.packed_x = self.line_buffer = b.add(self.shifted_x, self.scratch)
         if self.by_slabs:
-            self.held = b.add(self.buffer, size)
+            self.line_buffer = b.add(self.buffer, size)
         stages = [kind(self) for kind in STAGES[self.job.op]]
 
         def count(address: ir.Value, by: ir.Value) -> ir.Value:
@@ -1180,7 +1189,7 @@ class Output(Stage):
         super().__init__(kernel)
         self.first = kernel.variables(kernel.sets)
         self.second = kernel.variables(kernel.sets)
-        self.lines = Lines(kernel) if kernel.by_lines else None
+        self.lines = Lines(kernel) if kernel.job.stores == BY_LINES else None
 
     def begin(self, low: ir.Value) -> None:
         if self.lines is not None:
@@ -1205,9 +1214,11 @@ class Output(Stage):
         self.parameters()
         k, b = self.k, self.k.b
         if self.lines is not None and not k.short:
-            free, place = self.lines.free(), k.b.mul(item.first, k.int(k.result.itemsize))
-            rows = [b.add(free, b.mul(k.out_outer, k.int(u))) for u in range(k.panel)]
-            out = rows if k.beside else b.add(free, place)
+            free = self.lines.free()
+            if k.beside:
+                out: Place = [b.add(free, b.mul(k.out_outer, k.int(u))) for u in range(k.panel)]
+            else:
+                out = b.add(free, b.mul(item.first, k.int(k.result.itemsize)))
             self.range = dataclasses.replace(self.range, out=out)
         if not k.sends_vectors:
             return
@@ -1296,7 +1307,7 @@ class Lines:
 
     def free(self) -> ir.Value:
         """Where the next results go."""
-        return self.b.add(self.k.held, self.k.int(VECTOR_BYTES))
+        return self.b.add(self.k.line_buffer, self.k.int(VECTOR_BYTES))
 
     def start(self) -> ir.Value:
         """Where what is held begins."""
@@ -1316,7 +1327,7 @@ class Lines:
         with o.loop(first, whole, VECTOR_BYTES) as at:
             value = o.load(b.add(start, at))
             k.result.store(o, b.add(line, at), value, past_cache=True)
-        o.store(k.held, o.load(b.add(k.held, size)))
+        o.store(k.line_buffer, o.load(b.add(k.line_buffer, size)))
         b.store(b.add(line, whole), self.line)
         b.store(b.sub(held, whole), self.held)
         b.store(b.select(some, k.int(0), skip), self.skip)

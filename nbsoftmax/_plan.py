@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ._semantics import LOGSUMEXP
 
 VECTOR_BYTES = 64
+ALONG_PANEL = 4  # vectors: four independent exps hide each other's latency
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,16 @@ def _across_panel(n: int, inner: int, width: int) -> int:
     return 1 if alone or inner <= width else 2
 
 
+def _panel_in_turns(n: int, inner: int, width: int) -> int:
+    """Vectors that hold as many elements of each of a few lanes; 0 if those are walked across."""
+    odd = inner // (inner & -inner)
+    if not 1 < inner < width or odd > 5:
+        return 0
+    if odd == 1:  # so does a single vector
+        return ALONG_PANEL if n * inner >= LIMITS.taking_turns_elements else 0
+    return odd if n >= LIMITS.odd_turns_rows else 0
+
+
 def plan(
     op: str,
     outer: int,
@@ -189,15 +200,9 @@ def plan(
     if op == LOGSUMEXP:
         short, beside = 2 * short, 2 * beside
     lanes = 1
-    # A panel of 3 vectors holds as many elements of each of 3, 6 or 12 lanes; one of 5, of 5 or 10.
-    odd = inner // (inner & -inner)
-    enough = n * inner >= limits.taking_turns_elements
-    if odd > 1:
-        enough = odd <= 5 and n >= limits.odd_turns_rows
-    if dense and 1 < inner < width and enough:
+    in_turns = _panel_in_turns(n, inner, width) if dense else 0
+    if in_turns:
         n, inner, lanes = n * inner, 1, inner
-    panel = 4 if odd == 1 or lanes == 1 else odd
-    lane = n * compute_itemsize
     if inner > 1:
         if inner < limits.narrow_elements:
             return Plan("packed")
@@ -218,8 +223,9 @@ def plan(
         return Plan("beside", limits.beside_rows, n, past_cache)
     if 4 * n <= 3 * short and runs:  # and more to copying such rows and turning them
         return Plan("packed")
+    panel = in_turns or ALONG_PANEL
     few = outer < limits.few_lanes and not alone
-    if lane > (limits.few_lanes_bytes if few else limits.lane_bytes):
+    if n * compute_itemsize > (limits.few_lanes_bytes if few else limits.lane_bytes):
         block = limits.block_bytes // compute_itemsize
         if runs or lanes > 1:
             block = -(-block // (panel * width)) * panel * width
