@@ -60,6 +60,8 @@ REGIMES: tuple[tuple[str, str, str, tuple[int, int, int]], ...] = (
 )
 SIDES = ("ours", "nvcc")
 ELEMENTS = {"float32": "float", "float64": "double", "bfloat16": "bfloat16"}
+# What float is to be, decided once for all that is compiled together: a folder of its own.
+FOLDERS = {"full": ("float32", "float64"), "half": ("bfloat16",)}
 ARGUMENTS = {
     "whole": "const char* x, char* out, int64_t outer, int n, int64_t inner, int64_t x_outer, "
     "int64_t x_n, int64_t out_outer, int64_t out_n",
@@ -70,10 +72,11 @@ ARGUMENTS = {
 }
 
 
-def constants() -> str:
+def constants(folder: str) -> str:
     """Write the constants of _scalars as C++."""
+    single = _scalars.HALF if folder == "half" else _scalars.FLOAT32
     lines = ["#pragma once", "template <class R> struct Constants;"]
-    for real, kind, suffix in ((_scalars.FLOAT32, "float", "f"), (_scalars.FLOAT64, "double", "")):
+    for real, kind, suffix in ((single, "float", "f"), (_scalars.FLOAT64, "double", "")):
         number = np.dtype(real.name).type
 
         def literal(value: float, number: Any = number, suffix: str = suffix) -> str:
@@ -85,7 +88,19 @@ def constants() -> str:
         lines.append(f"    static constexpr Bits half_root = {half_root};")
         for name in ("mantissa", "one_exponent", "bias", "clamp"):
             lines.append(f"    static constexpr int {name} = {getattr(real, name)};")
-        for name in ("round", "exact", "log2e", "ln2_hi", "ln2_lo", "ln2_short", "ln2_rest"):
+        lines.append(f"    static constexpr bool precise = {str(real.precise).lower()};")
+        start = literal(2.0 ** (real.bias + 1) if real.precise else 0.0)
+        lines.append(f"    static constexpr {kind} start = {start};")
+        for name in (
+            "origin",
+            "round",
+            "exact",
+            "log2e",
+            "ln2_hi",
+            "ln2_lo",
+            "ln2_short",
+            "ln2_rest",
+        ):
             value = literal(getattr(real, name))
             lines.append(f"    static constexpr {kind} {name} = {value};")
         lines.append(f"    static constexpr {kind} unit = {literal(2.0**-real.mantissa)};")
@@ -156,16 +171,17 @@ def column(architecture: tuple[int, int], keep: Path) -> dict[str, dict[str, dic
     """Count all kernels of both sides for one architecture."""
     made = kernels()
     name = f"sm_{architecture[0]}{architecture[1]}"
-    source = keep / "kernels.cu"
-    cubin = keep / f"reference.{name}.cubin"
-    command = ["nvcc", *OPTIONS, f"-arch={name}", f"-I{HERE}", f"-I{keep}", "-cubin"]
-    command += ["-Xptxas", "-v", "-o", str(cubin), str(source)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise RuntimeError(run.stderr)
-    functions = sass.disassemble(cubin)
-    parts = re.split(r"Compiling entry function '(\w+)'", run.stderr)
-    said = dict(zip(parts[1::2], parts[2::2], strict=True))
+    functions, said = {}, {}
+    for folder in FOLDERS:
+        source, cubin = keep / folder / "kernels.cu", keep / folder / f"{name}.cubin"
+        command = ["nvcc", *OPTIONS, f"-arch={name}", f"-I{HERE}", f"-I{source.parent}", "-cubin"]
+        command += ["-Xptxas", "-v", "-o", str(cubin), str(source)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise RuntimeError(run.stderr)
+        functions |= sass.disassemble(cubin)
+        parts = re.split(r"Compiling entry function '(\w+)'", run.stderr)
+        said |= dict(zip(parts[1::2], parts[2::2], strict=True))
     return {
         kernel: {
             "ours": figures(job, *disassembled(job, architecture, keep)),
@@ -177,13 +193,22 @@ def column(architecture: tuple[int, int], keep: Path) -> dict[str, dict[str, dic
 
 def prepare(keep: Path) -> None:
     """Write what nvcc reads."""
-    lines = ['#include "reference.cu"\n']
-    for name, job in kernels().items():
-        group = job.group
-        tile = (job.along, group.across, group.deep, group.together, job.vectors)
-        lines.append(wrapped(name, job.stage, job.op, job.source, tile))
-    (keep / "constants.h").write_text(constants(), encoding="utf-8")
-    (keep / "kernels.cu").write_text("\n".join(lines), encoding="utf-8")
+    for folder, dtypes in FOLDERS.items():
+        lines = ['#include "reference.cu"\n']
+        for name, job in kernels().items():
+            group = job.group
+            tile = (job.along, group.across, group.deep, group.together, job.vectors)
+            if job.source in dtypes:
+                lines.append(wrapped(name, job.stage, job.op, job.source, tile))
+        write(keep / folder, "kernels.cu", lines)
+
+
+def write(folder: Path, name: str, lines: list[str]) -> Path:
+    """Write a source file, and its constants beside it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "constants.h").write_text(constants(folder.name), encoding="utf-8")
+    (folder / name).write_text("\n".join(lines), encoding="utf-8")
+    return folder / name
 
 
 def versions() -> dict[str, str]:
@@ -246,11 +271,12 @@ GROUPS = {
 }
 
 
-def host(keep: Path, group: str) -> ctypes.CDLL:
-    """Compile reference.cu for the host."""
+def host(keep: Path, group: str) -> dict[str, ctypes.CDLL]:
+    """Compile reference.cu for the host: a library for each dtype."""
     rows, columns = GROUPS[group]
-    lines = ['#include "reference.cu"\n']
-    for source in ELEMENTS:
+    found = {}
+    for folder, source in ((f, source) for f, sources in FOLDERS.items() for source in sources):
+        lines = ['#include "reference.cu"\n']
         tile = True, *rows, HELD // rows[1] * FORMATS[source].itemsize // 16
         chunk = True, *rows, 1
         for op in _check.FUNCTIONS:
@@ -260,16 +286,18 @@ def host(keep: Path, group: str) -> ctypes.CDLL:
             if op != "logsumexp":
                 lines.append(wrapped(f"{op}_apply_{source}", "apply", op, source, chunk, True))
         lines.append(wrapped(f"pairs_{source}", "pairs", "", source, chunk, True))
-    (keep / "constants.h").write_text(constants(), encoding="utf-8")
-    (keep / "host.cpp").write_text("\n".join(lines), encoding="utf-8")
-    library = keep / f"{group.split()[0]}.so"
-    command = ["g++", "-O2", "-std=c++20", "-march=native", "-ffp-contract=off", "-w", "-shared"]
-    command += ["-pthread", "-fPIC", f"-I{HERE}", f"-I{keep}", "-o", str(library)]
-    subprocess.run([*command, str(keep / "host.cpp")], check=True)
-    return ctypes.CDLL(str(library))
+        written = write(keep / folder, "host.cpp", lines)
+        library = keep / f"{source}_{group.split()[0]}.so"
+        command = ["g++", "-O2", "-std=c++20", "-march=native", "-ffp-contract=off", "-w"]
+        command += ["-shared", "-pthread", "-fPIC", f"-I{HERE}", f"-I{written.parent}"]
+        subprocess.run([*command, "-o", str(library), str(written)], check=True)
+        found[source] = ctypes.CDLL(str(library))
+    return found
 
 
-def on_host(library: ctypes.CDLL, group: str, way: str, op: str, x: Any, axis: int) -> Any:
+def on_host(
+    libraries: dict[str, ctypes.CDLL], group: str, way: str, op: str, x: Any, axis: int
+) -> Any:
     """Run the host's build of reference.cu on lanes along an axis of a 2-d array."""
     source, size = x.dtype.name, x.itemsize
     width = 16 // size
@@ -283,7 +311,7 @@ def on_host(library: ctypes.CDLL, group: str, way: str, op: str, x: Any, axis: i
 
     def call(name: str, blocks: int, *arguments: Any) -> None:
         given = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments]
-        getattr(library, f"{name}_{source}")(blocks, *map(ctypes.c_int64, given))
+        getattr(libraries[source], f"{name}_{source}")(blocks, *map(ctypes.c_int64, given))
 
     reduces = op == "logsumexp"
     if axis == 0:
@@ -329,10 +357,10 @@ def check(keep: Path) -> int:
     wide = _check.widest()
     ways = {}
     for group in GROUPS:
-        library = host(keep, group)
+        libraries = host(keep, group)
         for way in ("whole", "chunks"):
             functions = {
-                op: functools.partial(on_host, library, group, way, op) for op in _check.FUNCTIONS
+                op: functools.partial(on_host, libraries, group, way, op) for op in _check.FUNCTIONS
             }
             ways[f"{way}, {group}"] = functions
     wrong = 0

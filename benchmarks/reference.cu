@@ -97,6 +97,17 @@ template <class R> BOTH R power_of_two(R t) {
     return bits_as<R>(bits_as<Bits>(t) << Constants<R>::mantissa);
 }
 
+// 0 instead of a subnormal number.
+BOTH float exp2_of(float t) {
+#ifdef __CUDA_ARCH__
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(t));
+    return power;
+#else
+    return exp2f(t);
+#endif
+}
+
 // -- _scalars.py ---------------------------------------------------------------------------------
 
 template <class R> struct Two { R high, low; };
@@ -112,7 +123,7 @@ template <class R> struct Scale {
         near = small ? m : 0;
         R top = fused(near, C::log2e, C::round) - C::round;
         floor = (top - C::clamp) * C::ln2_hi;
-        magic = (C::round + C::bias + C::one_exponent) - top;
+        magic = C::origin - top;
     }
 
     // Where this does not hold, `shifted` is the identity.
@@ -129,11 +140,13 @@ template <class R> struct Scale {
     }
 
     BOTH R exp(R x) const {
+        if constexpr (!C::precise) return exp2_of(fused(x, C::log2e, magic));
         R q, r, power = reduced(x, q, r);
         return fused(q, r, (R)1) * power;
     }
 
     BOTH Two<R> exp_two_parts(R x, R low) const {
+        if constexpr (!C::precise) return {exp(x), low};
         R q, r, power = reduced(x, q, r), p = fused(q, r, (R)1);
         return {p * power, fused(fused(q, r, 1 - p), power, low)};
     }
@@ -150,16 +163,25 @@ template <class R> BOTH Two<R> two_sum(R a, R b) {
 }
 
 template <class R> BOTH void add(Two<R>& sum, R term) {
+    if constexpr (!Constants<R>::precise) {
+        sum.high += term;
+        return;
+    }
     Two<R> t = two_sum(sum.high, term);
     sum = {t.high, sum.low + t.low};
 }
 
 template <class R> BOTH void add_to_more(Two<R>& sum, R term) {
     R total = sum.high + term;
+    if constexpr (!Constants<R>::precise) {
+        sum.high = total;
+        return;
+    }
     sum = {total, sum.low + (term - (total - sum.high))};
 }
 
 template <class R> BOTH Two<R> merge(Two<R> a, Two<R> b) {
+    if constexpr (!Constants<R>::precise) return {a.high + b.high, a.low + b.low};
     Two<R> t = two_sum(a.high, b.high);
     return {t.high, (a.low + b.low) + t.low};
 }
@@ -198,7 +220,7 @@ template <class R> BOTH Two<R> without_one(R m, Two<R> sum) {
 }
 
 template <class R> BOTH bool is_small(R m, R s, int additions) {
-    R least = additions * additions * Constants<R>::unit;
+    R least = Constants<R>::precise ? additions * additions * Constants<R>::unit : additions / (R)256;
     return !without_terms(m, s) && !(s > least * largest(m).high);
 }
 
@@ -207,6 +229,11 @@ template <class R> BOTH Two<R> reciprocal(R m, Two<R> sum) {
     R high = 1 / total.high;
     R low = high * (fused(-high, total.high, (R)1) - high * total.low);
     return {infinite(m) ? (R)NAN : high, low};
+}
+
+template <class R> BOTH R softmax(R term, Two<R> inverse) {
+    if constexpr (!Constants<R>::precise) return term * inverse.high;
+    return fused(term, inverse.high, term * inverse.low);
 }
 
 template <class R> BOTH Two<R> log_parts(R k, R f, R rest, R& tail) {
@@ -230,7 +257,7 @@ template <class R> BOTH R logsumexp_of_all(R m, Two<R> sum) {
     R power = (R)whole, f = bits_as<R>(bits - (whole << C::mantissa)) - 1;
     R inverse = fused(f, f - 1, (R)1);
     R rest = low * power_of_two((C::round + C::one_exponent) - power) * inverse;
-    R k = ((C::round + C::one_exponent) - by.magic) + power, tail;
+    R k = ((C::origin - C::bias) - by.magic) + power, tail;
     Two<R> log = log_parts(k, f, rest, tail);
     log.low = log.low + fused(k, C::ln2_short, -(k * C::ln2_short));
     return without_terms(m, sum.high) ? m : by.shift + (log.high + (log.low + tail));
@@ -437,6 +464,12 @@ struct Larger {
     }
 };
 
+struct Sum {
+    template <class R, int N> BOTH void operator()(R (&a)[N], const R (&b)[N]) const {
+        UNROLLED (int i = 0; i < N; i++) a[i] += b[i];
+    }
+};
+
 // For each lane: so many counts, then a sum in two parts.
 template <int Counts> struct Add {
     template <class R, int N> BOTH void operator()(R (&a)[N], const R (&b)[N]) const {
@@ -454,8 +487,7 @@ template <int Counts> struct Add {
 // The sum of a thread's terms; they take the place of the values if they are kept.
 template <bool shifts, bool keep, class R, int N>
 BOTH Two<R> sum_terms(R (&values)[N], R m, const Scale<R>& by) {
-    const R start = power_of_two<R>(Constants<R>::round + Constants<R>::one_exponent +
-                                    Constants<R>::bias + 1);
+    const R start = Constants<R>::start;
     Two<R> sum = {start, 0};
     UNROLLED (R& x : values) {
         R term = by.exp(shifts ? by.shifted(x, m) : x);
@@ -506,14 +538,21 @@ BOTH void whole(int thread, unsigned block, const char* x, char* out, int64_t ou
                                    : sum_terms<false, keep>(t.values[i], m[i], by);
         sums[2 * i] = total[i].high, sums[2 * i + 1] = total[i].low;
     }
-    G::reduce(thread, sums, Add<0>());
-    UNROLLED (int i = 0; i < lanes; i++) total[i] = {sums[2 * i], sums[2 * i + 1]};
+    if constexpr (Constants<R>::precise) {
+        G::reduce(thread, sums, Add<0>());
+        UNROLLED (int i = 0; i < lanes; i++) total[i] = {sums[2 * i], sums[2 * i + 1]};
+    } else {  // there is no second part
+        R high[lanes];
+        UNROLLED (int i = 0; i < lanes; i++) high[i] = total[i].high;
+        G::reduce(thread, high, Sum());
+        UNROLLED (int i = 0; i < lanes; i++) total[i] = {high[i], 0};
+    }
 
     char* place = out + t.index * out_outer + t.column * size;
     if constexpr (op == SOFTMAX) {
         UNROLLED (int i = 0; i < lanes; i++) {
             Two<R> inverse = reciprocal(m[i], total[i]);
-            UNROLLED (R& term : t.values[i]) term = fused(term, inverse.high, term * inverse.low);
+            UNROLLED (R& term : t.values[i]) term = softmax(term, inverse);
         }
     } else {
         // log_softmax wants the sum of all terms but one largest, to its last bit; logsumexp does
@@ -621,8 +660,7 @@ BOTH void pairs(int thread, unsigned block, const char* x, R* out, int64_t outer
 template <bool shifts, class R, int N>
 BOTH void softmax(R (&values)[N], R m, const Scale<R>& by, Two<R> inverse) {
     UNROLLED (R& value : values) {
-        R term = by.exp(shifts ? by.shifted(value, m) : value);
-        value = fused(term, inverse.high, term * inverse.low);
+        value = softmax(by.exp(shifts ? by.shifted(value, m) : value), inverse);
     }
 }
 

@@ -318,7 +318,7 @@ def _launch(
         last = _LAST[op]
         merge = kernels.Job(
             kernels.MERGE if last else kernels.MERGE_LOGSUMEXP,
-            real.name,
+            source.name if real is _scalars.HALF else real.name,
             real.name if last else target.name,
             "across",
             panel=1,

@@ -226,10 +226,13 @@ class Kernel:
 
     def __init__(self, builder: ir.IRBuilder, job: Job, arguments: list[ir.Value]) -> None:
         self.job = job
-        self.source: Format = FORMATS[job.source]
-        self.result: Format = FORMATS[job.result]
-        real = _scalars.WEIGHTED[self.source.real.name] if job.weighted else self.source.real
+        real = FORMATS[job.source].real
         self.native = FORMATS[real.name]
+        merges = job.op in (MERGE, MERGE_LOGSUMEXP)
+        self.source: Format = self.native if merges else FORMATS[job.source]  # of what is read
+        self.result: Format = FORMATS[job.result]
+        if job.weighted:
+            real = _scalars.WEIGHTED[real.name]
         self.o = Emitter(builder, real)
         self.b = builder
         self.beside = job.walk == "beside"
@@ -907,12 +910,11 @@ class Terms(Stage):
         u %= self.k.sets
         return _scalars.shifted(self.o, x, self.maxima[u], self.scales[u])
 
-    def load(self, r: Range, j: ir.Value, u: int, mask: Vector | None) -> Vector:
-        """x, less the shift."""
-        return self.less_shift(r, self.k.load_x(r, j, u, mask), u)
-
-    def less_shift(self, r: Range, x: Vector, u: int) -> Vector:
-        return x if r.shifted or not self.k.source.may_be_huge else self.shifted(x, u)
+    def less_shift(self, r: Range, x: Vector, u: int, may_be_inf: bool = False) -> Vector:
+        """Less the shift, x is NaN if the maximum and it are inf, unless it ``may_be_inf``."""
+        if r.shifted or not self.k.source.may_be_huge:
+            return x
+        return self.shifted(x, u) if may_be_inf else x - self.scales[u % self.k.sets].shift
 
 
 class Sum(Terms):
@@ -927,9 +929,10 @@ class Sum(Terms):
         super().__init__(kernel)
         self.m = kernel.variables(kernel.states)
         self.s, self.c = (kernel.variables(kernel.sets) for _ in range(2))
-        self.c_before = kernel.variables(kernel.sets)  # of the segments that are over
-        # Not less than any term, which makes adding a term cheap.
-        self.start = self.o.const(2.0 ** (self.o.real.bias + 1))
+        self.before = kernel.variables(kernel.sets)  # of the segments that are over
+        # What a segment of the lane leaves to be set aside, before its own roundings add up.
+        self.rounding = self.c if self.o.real.precise else self.s
+        self.start = _scalars.more_than_terms(self.o)
 
     def enter(self, item: Item) -> None:
         super().enter(item)
@@ -939,16 +942,15 @@ class Sum(Terms):
         self.scale(self.m)
 
     def reset(self, start: Vector) -> None:
-        for s, c, before in zip(self.s, self.c, self.c_before, strict=True):
+        for s, c, before in zip(self.s, self.c, self.before, strict=True):
             s.set(start)
             c.set(self.o.const(0.0))
             before.set(self.o.const(0.0))
 
     def pause(self) -> None:
-        """Set aside what a segment of the lane has left in c, whose own roundings add up."""
-        for c, before in zip(self.c, self.c_before, strict=True):
-            before.set(before.get() + c.get())
-            c.set(self.o.const(0.0))
+        for part, before in zip(self.rounding, self.before, strict=True):
+            before.set(before.get() + part.get())
+            part.set(self.o.const(0.0))
 
     def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
         o, k = self.o, self.k
@@ -956,7 +958,7 @@ class Sum(Terms):
         term = _scalars.exp(o, self.less_shift(self.range, value, u), self.scales[u % k.sets])
         if self.keeps_terms:
             o.store(k.scratch_at(self.range.scratch, j, u), term)
-        sums = _scalars.add_to_more(s.get(), c.get(), term)
+        sums = _scalars.add_to_more(o, s.get(), c.get(), term)
         for variable, value in zip((s, c), sums, strict=True):
             variable.set(value)
 
@@ -974,9 +976,9 @@ class Sum(Terms):
     def join(self) -> None:
         """What segments have left; and along, the elements of a vector are parts of one sum."""
         if not self.k.of_rows:
-            for c, before in zip(self.c, self.c_before, strict=True):
-                c.set(c.get() + before.get())
-        self.k.joined(self.s, self.c, join=lambda a, b: _scalars.merge(*a, *b))
+            for part, before in zip(self.rounding, self.before, strict=True):
+                part.set(part.get() + before.get())
+        self.k.joined(self.s, self.c, join=lambda a, b: _scalars.merge(self.o, *a, *b))
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
         raise NotImplementedError
@@ -1029,7 +1031,7 @@ class SumOfOthers(Sum):
         if self.quick:
             super().step(j, u, mask, value)
         else:
-            self.careful_step(j, u, mask, self.less_shift(self.range, value, u))
+            self.careful_step(j, u, mask, self.less_shift(self.range, value, u, True))
 
     def careful_step(self, j: ir.Value, u: int, mask: Vector | None, x: Vector) -> None:
         o, k = self.o, self.k
@@ -1046,7 +1048,7 @@ class SumOfOthers(Sum):
             term, low = _scalars.exp(o, x, by, skip, weight), c.get()
         else:
             term, low = _scalars.exp_two_parts(o, x, by, c.get(), skip, weight)
-        for variable, value in zip((s, c), _scalars.add(s.get(), low, term), strict=True):
+        for variable, value in zip((s, c), _scalars.add(o, s.get(), low, term), strict=True):
             variable.set(value)
 
     def take(self) -> None:
@@ -1060,12 +1062,9 @@ class SumOfOthers(Sum):
         b = k.b
         # Additions to one sum; one behind the last whole vector, and those that join the elements.
         n = b.add(b.udiv(self.range.end, k.int(k.added)), k.int(6))
-        # Each leaves up to two roundings of the largest term in c, which rounds them as often as
-        # something is added to it, in a segment or of a segment. Half a rounding of the rest is
-        # allowed.
         segment = k.int(SEGMENT_ADDITIONS)
-        added = b.add(k.smaller(n, segment), b.udiv(n, segment))
-        hidden = o.spread(b.mul(n, added)) * o.const(2.0**-o.real.mantissa)
+        to_one = b.add(k.smaller(n, segment), b.udiv(n, segment))
+        hidden = _scalars.hidden(o, o.spread(n), o.spread(to_one))
         super().take()
         self.judge(hidden)
         flags = [again.get() > o.const(0.0) for again in self.again]
@@ -1095,7 +1094,8 @@ class SumOfOthers(Sum):
         r = self.in_memory if k.packs else self.range  # the copy is already the next item's
         step, vectors = k.rest
         for j, u, mask in k.everywhere(r):
-            self.careful_step(j, u, mask, self.load(r, j, u, mask))
+            x = self.less_shift(r, k.load_x(r, j, u, mask), u, True)
+            self.careful_step(j, u, mask, x)
             if u == vectors - 1:
                 k.pause([self], k.b.add(j, k.int(step)))
         self.take_careful()
@@ -1473,8 +1473,8 @@ class Merge(SumForPairs):
             count.set(count.get() + o.where(largest, one, zero))
             by = _scalars.scale(o, m.get())
             term = o.where(largest, zero, _scalars.exp(o, part_m - by.shift, by))
-            s2, c2 = _scalars.merge(term, zero, *_scalars.rescaled(o, part_m, m.get(), s2, c2))
-            s2, c2 = _scalars.merge(s.get(), c.get(), s2, c2)
+            s2, c2 = _scalars.merge(o, term, zero, *_scalars.rescaled(o, part_m, m.get(), s2, c2))
+            s2, c2 = _scalars.merge(o, s.get(), c.get(), s2, c2)
             s.set(s2)
             c.set(c2)
 

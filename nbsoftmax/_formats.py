@@ -21,8 +21,10 @@ class Format:
 
     @property
     def real(self) -> _scalars.Real:
-        """Half precision is computed in float32, integers in float64."""
-        return _scalars.FLOAT32 if self.kind in "fV" and self.itemsize < 8 else _scalars.FLOAT64
+        """Half precision is computed in float32, as well as it shows, and integers in float64."""
+        if self.kind not in "fV":
+            return _scalars.FLOAT64
+        return {2: _scalars.HALF, 4: _scalars.FLOAT32, 8: _scalars.FLOAT64}[self.itemsize]
 
     @property
     def may_be_huge(self) -> bool:

@@ -130,6 +130,9 @@ class Arithmetic:
         )
         return Vector(self, self.b.bitcast(bits, self.type))
 
+    def exp2(self, t: Vector) -> Vector:
+        return _scalars.exp2(self, t)
+
     def split_exponent(self, u: Vector) -> tuple[Vector, Vector]:
         """``u = 2^k f`` with f in [sqrt(1/2), sqrt(2)), for a positive normal number."""
         half_root = {23: 0x3F3504F3, 52: 0x3FE6A09E667F3BCD}[self.real.mantissa]

@@ -18,6 +18,9 @@ Two ideas carry the accuracy:
 Every function takes ``o``, the operations of one machine: LLVM's (``_llvm.Arithmetic``) or NumPy's
 (``_plain.Operations``).  A value knows ``+ - * /`` and comparisons; ``o`` has the rest.
 
+Results of 16 bits do not show what is lost at 2^-16. Theirs (`HALF`) are terms and sums that are no
+better, and cost half as much.
+
 Edge cases are repaired once per lane, in `scale` and the functions below it, never per element:
 NaN passes through every step and makes the sum NaN; a maximum of +-inf is scaled like a number, its
 own elements being counted and not summed, and what it means is said at the end.
@@ -51,6 +54,13 @@ class Real:
     ln2_rest: float
     exp: tuple[float, ...]  # e^r = 1 + r + r^2 * (exp[0] + exp[1] r + ...), |r| <= ln(2)/2
     log: tuple[float, ...]  # 2 atanh(z) = 2z + z^3 * (log[0] + log[1] z^2 + ...)
+    # Else terms and sums are good to 2^-16, and 2^f = exp[0] + exp[1] f + ...
+    precise: bool = True
+
+    @property
+    def origin(self) -> float:
+        """What the exponent of the largest term, with its bias, is added to."""
+        return self.bias + (self.round + self.one_exponent if self.precise else 0.0)
 
 
 # The polynomials of exp are minimax for the relative error, with 1 + r kept exact:
@@ -109,6 +119,18 @@ FLOAT64 = Real(
     ),
     log=tuple(2 / (2 * k + 3) for k in range(11)),
 )
+# For results of 16 bits: 2^-18.4 at degree 4.
+HALF = dataclasses.replace(
+    FLOAT32,
+    exp=(
+        1.0,
+        0.6931241750717163,
+        0.24024099111557007,
+        0.05590658262372017,
+        0.009582838043570518,
+    ),
+    precise=False,
+)
 # Weights may be as large as numbers get, so the terms keep out of their way.
 WEIGHTED = {
     "float32": dataclasses.replace(FLOAT32, bias=0, clamp=120),
@@ -123,7 +145,7 @@ class Scale:
     shift: Value  # to be subtracted from x before exp; 0 unless the maximum is huge
     near: Value  # the maximum less the shift
     floor: Value  # smaller inputs are treated as this one
-    magic: Value  # rounds x * log2(e) to an integer and holds it as a biased exponent field
+    magic: Value  # added to x * log2(e): if precise, rounds it and makes it an exponent field
 
 
 def scale(o: Operations, m: Value) -> Scale:
@@ -136,7 +158,7 @@ def scale(o: Operations, m: Value) -> Scale:
     near = o.where(small, m, zero)
     top = o.fma(near, o.const(real.log2e), o.const(real.round)) - o.const(real.round)
     floor = (top - o.const(real.clamp)) * o.const(real.ln2_hi)
-    magic = o.const(real.round + real.bias + real.one_exponent) - top
+    magic = o.const(real.origin) - top
     return Scale(shift, near, floor, magic)
 
 
@@ -182,10 +204,23 @@ def exp(
 
     0 where ``skip`` holds.
     """
-    q, r, power = _reduced(o, x, by, weight)
-    # A product and not an addition to the exponent bits: those would turn some NaNs into numbers.
-    term = o.fma(q, r, o.const(1.0)) * power
+    if o.real.precise:
+        q, r, power = _reduced(o, x, by, weight)
+        # A product and no addition to the exponent bits: those would turn some NaNs into numbers.
+        term = o.fma(q, r, o.const(1.0)) * power
+    else:
+        term = o.exp2(o.fma(x, o.const(o.real.log2e), by.magic))
+        term = term if weight is None else term * weight
     return term if skip is None else o.where(skip, o.const(0.0), term)
+
+
+def exp2(o: Operations, t: Value) -> Value:
+    """``2^t`` where no instruction makes it; less than 2^(bias - clamp) is as good as 0."""
+    real = o.real
+    to_field = o.const(real.round + real.one_exponent)
+    t = o.larger(o.const(float(real.bias - real.clamp)), t)  # this order keeps a NaN in t
+    field = t + to_field
+    return horner(o, t - (field - to_field), real.exp) * o.power_of_two(field)
 
 
 def exp_two_parts(
@@ -196,7 +231,9 @@ def exp_two_parts(
     skip: Value | None = None,
     weight: Value | None = None,
 ) -> tuple[Value, Value]:
-    """`exp`, bit for bit, and ``low`` plus what its last addition rounded away."""
+    """`exp`, bit for bit, and ``low`` plus what its last addition rounded away, if that counts."""
+    if not o.real.precise:
+        return exp(o, x, by, skip, weight), low
     q, r, power = _reduced(o, x, by, weight)
     p = o.fma(q, r, o.const(1.0))
     term, lower = p * power, o.fma(o.fma(q, r, o.const(1.0) - p), power, low)
@@ -218,20 +255,31 @@ def two_sum(a: Value, b: Value) -> tuple[Value, Value]:
     return t, (a - (t - other)) + (b - other)
 
 
-def add(s: Value, c: Value, term: Value) -> tuple[Value, Value]:
+def add(o: Operations, s: Value, c: Value, term: Value) -> tuple[Value, Value]:
     """Push one term to the sum ``s + c``."""
+    if not o.real.precise:
+        return s + term, c
     s, rest = two_sum(s, term)
     return s, c + rest
 
 
-def add_to_more(s: Value, c: Value, term: Value) -> tuple[Value, Value]:
+def more_than_terms(o: Operations) -> Value:
+    """What a sum is to begin with, if it has to be larger than each of its terms."""
+    return o.const(2.0 ** (o.real.bias + 1) if o.real.precise else 0.0)
+
+
+def add_to_more(o: Operations, s: Value, c: Value, term: Value) -> tuple[Value, Value]:
     """`add` at half the price, for ``s >= term >= 0`` (Dekker)."""
     total = s + term
+    if not o.real.precise:
+        return total, c
     return total, c + (term - (total - s))
 
 
-def merge(s: Value, c: Value, s2: Value, c2: Value) -> tuple[Value, Value]:
+def merge(o: Operations, s: Value, c: Value, s2: Value, c2: Value) -> tuple[Value, Value]:
     """Join two sums of the same scale; the bits do not depend on which comes first."""
+    if not o.real.precise:
+        return s + s2, c + c2
     s, rest = two_sum(s, s2)
     return s, (c + c2) + rest
 
@@ -278,7 +326,7 @@ def with_largest(o: Operations, m: Value, times: Value, s: Value, c: Value) -> t
     term, low = largest(o, m)
     product = times * term
     rest = o.fma(times, term, o.const(0.0) - product)
-    total, c = add(product, o.fma(times, low, c + rest), s)
+    total, c = add(o, product, o.fma(times, low, c + rest), s)
     infinite = _without_terms(o, m, s)
     zero = o.const(0.0)
     return o.where(infinite, zero, total), o.where(infinite, zero, c)
@@ -291,6 +339,18 @@ def without_one(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Val
     infinite = _without_terms(o, m, s)
     zero = o.const(0.0)
     return o.where(infinite, zero, rest), o.where(infinite, zero, c + lost)
+
+
+def hidden(o: Operations, additions: Value, to_one: Value) -> Value:
+    """The rest, in largest terms, in which a sum hides half a rounding of it, or less.
+
+    Each of so many additions leaves up to two roundings of the largest term in c, which rounds them
+    as often as something is added to it: ``to_one`` sum, of a segment or of segments. If sums are
+    not precise, those themselves round.
+    """
+    if o.real.precise:
+        return additions * to_one * o.const(2.0**-o.real.mantissa)
+    return to_one * o.const(2.0**-8)
 
 
 def is_small(o: Operations, m: Value, s: Value, least: Value) -> Value:
@@ -309,12 +369,14 @@ def rounded_terms(o: Operations, m: Value) -> Value:
     Their error counts only in results below 1, so not beside a larger maximum; and a rest of 1.75
     largest terms has a logarithm of 1.
     """
+    if not o.real.precise:
+        return o.const(0.0)
     return o.where(abs(m) < o.const(NEAR_ZERO), o.const(1.75), o.const(0.0))
 
 
 def whole(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
     """The sum of all terms from that of all but one largest."""
-    return add(largest(o, m)[0], c, s)
+    return add(o, largest(o, m)[0], c, s)
 
 
 def reciprocal(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
@@ -327,6 +389,8 @@ def reciprocal(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Valu
 
 def softmax(o: Operations, term: Value, high: Value, low: Value) -> Value:
     """One result from its term and the lane's `reciprocal`."""
+    if not o.real.precise:
+        return term * high
     return o.fma(term, high, term * low)
 
 
@@ -410,7 +474,7 @@ def logsumexp_of_all(o: Operations, m: Value, s: Value, c: Value) -> Value:
     # Good to a few percent, for a low part that is a rounding.
     inverse = o.fma(f, f - o.const(1.0), o.const(1.0))
     rest = o.times_power_of_two(low, o.const(0.0) - power) * inverse
-    k = (o.const(real.round + real.one_exponent) - by.magic) + power
+    k = (o.const(real.origin - real.bias) - by.magic) + power
     high, low, tail = _log_parts(o, k, f, rest)
     product = k * o.const(real.ln2_short)  # is rounded where the maximum is large
     low = low + o.fma(k, o.const(real.ln2_short), o.const(0.0) - product)

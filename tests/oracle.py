@@ -16,7 +16,7 @@ import mpmath
 import numpy as np
 import pytest
 
-from .cases import BUDGET_ULP, ROUNDING_ULP
+from .cases import BEFORE_ROUNDING_ULP, BUDGET_ULP, ROUNDING_ULP
 
 DIGITS = 60
 
@@ -217,7 +217,7 @@ def assert_close(op, got, expected, scale=None, budget=None):
         with np.errstate(all="ignore"):
             size = expected if scale is None else np.maximum(np.abs(expected), np.abs(scale))
             size = np.minimum(np.abs(size), np.finfo(np.float32).max)
-            from_float32 = budget * ulp(size, np.float32) / ulp(expected, got.dtype)
+            from_float32 = BEFORE_ROUNDING_ULP * ulp(size, np.float32) / ulp(expected, got.dtype)
         budget = ROUNDING_ULP + np.where(np.isfinite(from_float32), from_float32, 0)
     else:
         error = ulp_error(got, expected, got.dtype, scale)

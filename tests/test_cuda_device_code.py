@@ -63,6 +63,11 @@ if not cuda_arrays.MISSING:
         def quotient(self, a, b):
             return Vector(self, self.b.fdiv(a.value, b.value))
 
+        def exp2(self, t):
+            power = self.call("llvm.exp2", [t])
+            flushed = self.where(power < self.const(2.0**-126), self.const(0.0), power)
+            return Vector(self, self.b.as_on_gpu(flushed.value))
+
         def fma(self, a, b, c):
             return Vector(self, self.b.as_on_gpu(super().fma(a, b, c).value))
 

@@ -66,7 +66,7 @@ def _real(dtype: str, name: str) -> _scalars.Real:
     form = FORMATS.get(dtype)
     if form is None or form.kind == "V":
         raise TypeError(f"{name} must hold float16, float32, float64 or integers, not {dtype}")
-    return form.real
+    return FORMATS[form.real.name].real  # results are in registers: float32's, to the last bit
 
 
 def _of_several(dtypes: list[str], name: str) -> _Kind:

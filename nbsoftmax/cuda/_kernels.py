@@ -117,8 +117,8 @@ class Functions:
         lanes = job.split(values)
         maxima = o.reduce(job.group, _lanes.larger, [_lanes.maximum(o, lane) for lane in lanes])
         held = [_lanes.total(o, lane, m, keep) for lane, m in zip(lanes, maxima, strict=True)]
-        sums = o.reduce(job.group, _lanes.add_totals, [part for lane in held for part in lane[:2]])
-        return maxima, [lane[2:] for lane in held], _lanes.each_pair(sums, 2)
+        sums = _lanes.add_totals(o, job.group, [lane[:2] for lane in held])
+        return maxima, [lane[2:] for lane in held], sums
 
     def _softmax(self, o: Any, values: Values) -> Values:
         made = []

@@ -41,32 +41,43 @@ def terms(o: Any, values: Values, m: Any) -> Values:
 
 def total(o: Any, values: Values, m: Any, keep: bool) -> Values:
     """The sum of the terms in two parts, and the terms if they are to be kept."""
-    by, start = _scalars.scale(o, m), o.const(2.0 ** (o.real.bias + 1))  # more than any term
+    by, start = _scalars.scale(o, m), _scalars.more_than_terms(o)
 
     def added(shift: Shift) -> Values:
         s, c = start, o.const(0.0)
         terms = []
         for x in values:
             terms.append(_scalars.exp(o, shift(x), by))
-            s, c = _scalars.add_to_more(s, c, terms[-1])
+            s, c = _scalars.add_to_more(o, s, c, terms[-1])
         return [s - start, c, *(terms if keep else ())]
 
     return list(_scalars.with_shift(o, m, by, added))
 
 
-def add_totals(o: Any, p: Values, q: Values) -> Values:
+def add_totals(o: Any, group: Group, totals: list[Values]) -> list[Values]:
+    """Totals joined of all threads of a group."""
+    if not o.real.precise:  # then there is no second part
+        sums = o.reduce(group, _each_added, [s for s, _ in totals])
+        return [[s, o.const(0.0)] for s in sums]
+    return each_pair(o.reduce(group, _merged_totals, [part for pair in totals for part in pair]), 2)
+
+
+def _each_added(o: Any, p: Values, q: Values) -> Values:
+    return [a + b for a, b in zip(p, q, strict=True)]
+
+
+def _merged_totals(o: Any, p: Values, q: Values) -> Values:
     joined: Values = []
     for i in range(0, len(p), 2):
-        joined += _scalars.merge(p[i], p[i + 1], q[i], q[i + 1])
+        joined += _scalars.merge(o, p[i], p[i + 1], q[i], q[i + 1])
     return joined
 
 
 def rest(o: Any, m: Any, total: Values, additions: int) -> Values:
     """The sum of all terms but one largest from that of all, and 1 where it is not good enough."""
     s, c = _scalars.without_one(o, m, *total)
-    # As on the CPU: so many additions each left up to two roundings of the largest term in c.
-    hidden = o.const(additions**2 * 2.0**-o.real.mantissa)
-    return [s, c, _scalars.is_small(o, m, s, hidden)]
+    times = o.const(float(additions))
+    return [s, c, _scalars.is_small(o, m, s, _scalars.hidden(o, times, times))]
 
 
 def logsumexp(o: Any, m: Any, total: Values) -> Values:
@@ -86,7 +97,7 @@ def push(o: Any, pair: Values, values: Values, m: Any, weights: Values | None = 
             weight = one if weights is None else weights[i]
             equal = x == m
             term, c = _scalars.exp_two_parts(o, shift(x), by, c, equal, weights and weight)
-            s, c = _scalars.add(s, c, term)
+            s, c = _scalars.add(o, s, c, term)
             count = count + o.where(equal, weight, zero)
             if weights is not None:
                 decides = [decides[0] + _decisive(o, x, weight)]
@@ -117,7 +128,7 @@ def raised(o: Any, pair: Values, whole: Any) -> Values:
     product = count * term
     rest = o.fma(count, term, o.const(0.0) - product)
     s2, c2 = _scalars.rescaled(o, m, whole, s, c)
-    sum_, low = _scalars.add(product, rest + c2, s2)
+    sum_, low = _scalars.add(o, product, rest + c2, s2)
     zero = o.const(0.0)
     return [
         whole,
@@ -150,7 +161,7 @@ def add_sums(o: Any, parts: int, p: Values, q: Values) -> Values:
     """`add_pairs` without the maxima."""
     joined: Values = []
     for one, other in zip(each_pair(p, parts), each_pair(q, parts), strict=True):
-        s, c = _scalars.merge(one[1], one[2], other[1], other[2])
+        s, c = _scalars.merge(o, one[1], one[2], other[1], other[2])
         decides = [a + b for a, b in zip(one[3:], other[3:], strict=True)]
         joined += [one[0] + other[0], s, c, *decides]
     return joined

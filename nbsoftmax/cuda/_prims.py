@@ -75,13 +75,18 @@ class Device(_llvm.Arithmetic):
         The compiler's own division looks for the others first, in each thread. With weights there
         may be others.
         """
-        if self.real != _scalars.FLOAT32:
+        if self.real not in (_scalars.FLOAT32, _scalars.HALF):
             return super().quotient(a, b)
         text = "rcp.approx.ftz.f32 $0, $1;"
         inverse = _llvm.Vector(self, self._assembly(text, "=f,f", self.type, [b.value], False))
         near = a * inverse
         rest = self.fma(self.const(0.0) - near, b, a)
         return self.fma(rest, inverse, near)
+
+    def exp2(self, t: _llvm.Vector) -> _llvm.Vector:
+        """The hardware's, good to 2^-22; 0 instead of a subnormal number."""
+        text = "ex2.approx.ftz.f32 $0, $1;"
+        return _llvm.Vector(self, self._assembly(text, "=f,f", self.type, [t.value], False))
 
     def usually(
         self,
@@ -464,6 +469,9 @@ class Simulated(_plain.Operations):
         if self.real.itemsize == 8 or any(isinstance(v, np.ndarray) for v in (a, b, c)):
             return super().fma(a, b, c)
         return np.float32(float(a) * float(b) + float(c))
+
+    def exp2(self, t: Value) -> Value:
+        return np.exp2(t)
 
     def reduce(self, group: Group, join: Join, values: list[Value]) -> list[Value]:
         """As the device's, from the values of all threads at once."""
