@@ -128,6 +128,10 @@ EXPERIMENTS: dict[str, Border | Size] = {
         (2, 4, 8, 12, 16, 32, 64),
         lambda panels: ((MIB // (1024 * panels), 64, 16 * panels), 1, "float32"),
     ),
+    "wrapped_vectors": Border(
+        (8, 16, 32, 64, 128, 256, 512),
+        lambda vectors: ((MIB // vectors, vectors // 4, 64), 1, "float32"),
+    ),
     "careful_elements": Border(
         (2, 3, 4, 5, 6, 7, 8, 12),
         lambda n: ((n, MIB // (4 * n)), 0, "float32"),

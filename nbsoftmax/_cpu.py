@@ -110,7 +110,7 @@ def _call(
         "blocks": blocks,
         "panels": panels,
         "inner": inner,
-        "scratch": rows * row + 6 * _plan.VECTOR_BYTES,
+        "scratch": (rows + job.wraps) * row + 6 * _plan.VECTOR_BYTES,
         "ahead": _plan.ahead(job.walk, block * row, _formats.FORMATS[job.source].itemsize),
         **strides,
     }
@@ -186,6 +186,17 @@ def _reads(dtype: np.dtype[Any]) -> bool:
     if _formats.of(dtype) is None or not kernels.COMPILES:
         return False
     return dtype.name != "float16" or kernels.HALF_IN_HARDWARE
+
+
+def _wraps(
+    fold: _semantics.Fold, plan: _plan.Plan, x_size: int, size: int, out_at: int, width: int
+) -> bool:
+    """Whether the last panel across is to end in the next row: whole vectors without parts."""
+    n, inner, by_n = fold.n, fold.inner, fold.by_n
+    follow = (by_n.x, by_n.out) == (inner * x_size, inner * size) and by_n.run == n
+    fits = follow and inner % (plan.panel * width) == 0 and out_at % size == 0
+    enough = n * (inner // width) >= _plan.LIMITS.wrapped_vectors
+    return fits and enough and plan.past_cache and plan.blocks(n) == 1
 
 
 def _past_cache(
@@ -264,11 +275,13 @@ def _launch(
         size = dtype.itemsize
     alike = all(step % (width * size) == 0 for step in steps)
     many = inner > _plan.LIMITS.unshifted_panels * plan.panel * width
-    shifted = across and alike and many and not (plan.past_cache and out_at == 0)
+    shifting = across and alike and not (plan.past_cache and out_at == 0)
+    wraps = shifting and _wraps(fold, plan, dtype.itemsize, size, out_at, width)
+    shifted = shifting and many and not wraps
     of_rows = plan.walk in kernels.OF_ROWS
     stores = kernels.IN_CACHE
     if plan.past_cache and out_at % size == 0:
-        whole_vectors = alike and (shifted or out_at == 0)
+        whole_vectors = alike and (shifted or wraps or out_at == 0)
         stores = _past_cache(fold, plan, size, real.itemsize, out_at, whole_vectors)
     row = plan.panel * _plan.VECTOR_BYTES if across else real.itemsize
     item_bytes = min(n, plan.block) * row
@@ -303,6 +316,7 @@ def _launch(
             stores,
             lanes=plan.lanes,
             masked=across and inner < plan.panel * width,
+            wraps=wraps,
             careful=op == LOGSUMEXP and n <= _plan.LIMITS.careful_elements,
             runs=jumps,
         )

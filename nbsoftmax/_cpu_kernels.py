@@ -80,6 +80,7 @@ class Job:
     stores: str = IN_CACHE  # or one of the two past it
     lanes: int = 1  # along: whose elements take turns; whole panels hold as many of each
     masked: bool = False  # across: fewer lanes side by side than a panel has
+    wraps: bool = False  # the last panel goes on at the beginning of the next row
     careful: bool = False  # largest terms are counted from the start, not where they must be
     weighted: bool = False
     runs: bool = False  # the walk's positions lie in runs; of groups of rows, the rows do
@@ -213,7 +214,8 @@ class Range:
     out: Place
     scratch: Place
     count: ir.Value  # in rows: elements; across: columns
-    full: ir.Value  # positions before this one need no mask
+    begin: ir.Value  # 0, or -1 if a panel wraps; then position -1 needs a mask
+    full: ir.Value  # positions before this one need none
     end: ir.Value
     start: ir.Value  # the position in the lane of position 0
     x_jump: ir.Value  # between runs
@@ -350,8 +352,9 @@ class Kernel:
         """The first lane of a panel and how many there are, 0 or less for none.
 
         Panels may start anywhere: each lane is summed by itself. So they are laid where the array
-        that moves most, out or else x, has whole vectors. If not, the last one is whole, too, and
-        has the same results as the one before it for some lanes; unless their x is overwritten.
+        that moves most, out or else x, has whole vectors: the first and the last one are parts, or
+        the last one wraps. If not, the last one is whole, too, and has the same results as the one
+        before it for some lanes; unless their x is overwritten.
         """
         if self.job.walk != "across":
             return self.int(0), self.int(self.job.lanes)
@@ -361,8 +364,12 @@ class Kernel:
             most, size = self.x, self.source.itemsize
         vector = self.o.width * size
         lead = b.lshr(b.and_(most, self.int(vector - 1)), self.int(size.bit_length() - 1))
-        lead = b.mul(lead, self.shifted)
         width = self.int(self.panel_elements)
+        if self.job.wraps:
+            behind = b.and_(b.sub(self.int(0), lead), self.int(self.o.width - 1))
+            first = b.add(b.mul(panel, width), behind)
+            return first, self.smaller(width, b.sub(self.inner, first))
+        lead = b.mul(lead, self.shifted)
         start = b.sub(b.mul(panel, width), lead)
         first = self.clipped(start)
         if self.job.stores != PAST_CACHE:
@@ -376,25 +383,29 @@ class Kernel:
         """All of an item."""
         b = self.b
         x, out, scratch, length = item.x, item.out, self.buffer, item.length
+        zero = self.int(0)
         lane = item.start, self.x_row_jump
         if self.short:
             row = self.int(VECTOR_BYTES)
-            tile = item.tile
-            return Range(tile, row, tile, tile, item.columns, length, length, *lane, native=True)
+            steps = zero, length, length
+            return Range(item.tile, row, item.tile, item.tile, item.columns, *steps, *lane, True)
         if self.beside:
             # Where there are not enough, the last row is walked again, with the same results.
             last = self.clipped(b.sub(item.columns, self.int(1)))
             numbers = [self.smaller(self.int(u), last) for u in range(self.panel)]
             x, out = ([self.line_at(a, item, i) for i in numbers] for a in ("x", "out"))
-            full = b.and_(length, self.int(-self.o.width))
-            lines = self.own_lines(scratch)
-            return Range(x, self.x_row, out, lines, length, full, length, *lane)
+            steps = zero, b.and_(length, self.int(-self.o.width)), length
+            return Range(x, self.x_row, out, self.own_lines(scratch), length, *steps, *lane)
         if not self.along:
             whole = b.icmp_signed(">=", item.columns, self.int(self.panel_elements))
-            full = length if self.job.masked else b.select(whole, length, self.int(0))
-            return Range(x, self.x_row, out, scratch, item.columns, full, length, *lane)
-        full = self.whole_panels(length)
-        return Range(x, self.x_row, out, scratch, length, full, length, *lane)
+            steps = zero, length if self.job.masked else b.select(whole, length, zero), length
+            if self.job.wraps:
+                part = b.and_(b.icmp_signed(">", length, zero), b.not_(whole))
+                one = b.zext(part, I64)
+                steps = b.sub(zero, one), b.sub(length, one), length
+            return Range(x, self.x_row, out, scratch, item.columns, *steps, *lane)
+        steps = zero, self.whole_panels(length), length
+        return Range(x, self.x_row, out, scratch, length, *steps, *lane)
 
     def own_lines(self, base: ir.Value) -> list[ir.Value]:
         """Beside, where rows of our own memory begin: whole vectors, and a gap behind them."""
@@ -430,7 +441,14 @@ class Kernel:
             start = b.mul(run, self.run_positions)
             return self.o.live(b.sub(self.run_elements, b.sub(position, start)))
         count = b.sub(r.count, j) if self.along else r.count
-        return self.o.live(b.sub(count, self.int(0 if self.beside else u * self.o.width)))
+        before = self.int(0 if self.beside else u * self.o.width)
+        if not self.job.wraps:
+            return self.o.live(b.sub(count, before))
+        # First only what is of the next row, then all, at last only what is of this one.
+        inside = b.icmp_unsigned("<", j, r.full)
+        this = self.o.live(b.sub(b.select(inside, self.int(self.panel_elements), count), before))
+        first = b.icmp_signed("<", j, self.int(0))
+        return Vector(self.o, b.select(first, b.not_(this.value), this.value))
 
     def position(self, r: Range, j: ir.Value, u: int) -> ir.Value:
         """Where in the lane vector u is at position j of a range."""
@@ -440,7 +458,7 @@ class Kernel:
     def everywhere(self, r: Range) -> Iterator[tuple[ir.Value, int, Vector | None]]:
         """A loop over all of a range, for what is too rare to have its own place in the walk."""
         step, vectors = self.rest
-        with self.o.loop(self.int(0), r.end, step) as j:
+        with self.o.loop(r.begin, r.end, step) as j:
             for u in range(vectors):
                 yield j, u, None if self.short else self.mask(r, j, u)
 
@@ -566,10 +584,14 @@ class Kernel:
         common = functools.reduce(self.smaller, [stage.range.full for stage in stages])
         stages[0].look_ahead(items[0])
         stages[-1].look_ahead_out(items[-2])
+        if self.job.wraps:
+            for stage in reversed(stages):
+                self.steps([stage], stage.range.begin, self.int(0), stages[0], masked=True)
         self.steps(stages, self.int(0), common)
         for stage in reversed(stages):
             left = common
-            if self.job.walk == "along":  # where a chunk begins, items have no neighbours
+            # Where a chunk begins, items have no neighbours.
+            if self.job.walk == "along" or self.job.wraps:
                 left = stage.range.full
                 self.steps([stage], common, left, stages[0])
             self.steps([stage], left, stage.range.end, stages[0], masked=True)
@@ -616,10 +638,17 @@ class Kernel:
         if self.of_rows or not sums:
             return
         b = self.b
-        rest = b.and_(behind, self.int(SEGMENT_ADDITIONS * self.added - 1))
-        with b.if_then(b.icmp_signed("==", rest, self.int(0)), likely=False):
+
+        def ends(count: ir.Value) -> ir.Value:
+            rest = b.and_(count, self.int(SEGMENT_ADDITIONS * self.added - 1))
+            return b.icmp_signed("==", rest, self.int(0))
+
+        here = ends(behind)
+        # Lanes that wrapped are one row ahead of the others.
+        ahead = ends(b.add(behind, self.int(1))) if self.job.wraps else here
+        with b.if_then(b.or_(here, ahead), likely=False):
             for one in sums:
-                one.pause()
+                one.pause(here)
 
     def mask_of(self, stage: "Stage", j: ir.Value, u: int) -> Vector:
         return self.mask(stage.range, j, u)
@@ -671,6 +700,8 @@ class Kernel:
             slab = b.add(b.mul(self.block, self.out_row), self.int(2 * VECTOR_BYTES))
         memory = self._malloc(b.add(b.add(size, slab), self.int(VECTOR_BYTES + PAGE_BYTES)))
         self.buffer = self.apart(memory)
+        if self.job.wraps:  # position -1 comes first
+            self.buffer = b.add(self.buffer, self.int(self.panel * VECTOR_BYTES))
         self.shifted_x = b.add(self.buffer, self.scratch)
         self.packed_x = self.line_buffer = b.add(self.shifted_x, self.scratch)
         if self.by_slabs:
@@ -947,10 +978,18 @@ class Sum(Terms):
             c.set(self.o.const(0.0))
             before.set(self.o.const(0.0))
 
-    def pause(self) -> None:
-        for part, before in zip(self.rounding, self.before, strict=True):
-            before.set(before.get() + part.get())
-            part.set(self.o.const(0.0))
+    def pause(self, here: ir.Value) -> None:
+        """A segment ends ``here``, or if not, for the lanes that wrapped."""
+        k, o = self.k, self.o
+        for u, (part, before) in enumerate(zip(self.rounding, self.before, strict=True)):
+            left = zero = o.const(0.0)
+            over = part.get()
+            if k.job.wraps:
+                this = o.live(k.b.sub(self.range.count, k.int(u * o.width))).value
+                those = Vector(o, k.b.select(here, this, k.b.not_(this)))
+                over, left = o.where(those, over, zero), o.where(those, zero, over)
+            before.set(before.get() + over)
+            part.set(left)
 
     def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
         o, k = self.o, self.k
@@ -1481,7 +1520,7 @@ class Merge(SumForPairs):
     def prefetch(self, j: ir.Value, vectors: int) -> None:
         """The pairs are in cache."""
 
-    def pause(self) -> None:
+    def pause(self, here: ir.Value) -> None:
         """The sums are made in one go."""
 
     def read(self, j: ir.Value, u: int, mask: Vector | None) -> Vector:

@@ -51,6 +51,10 @@ class Limits:
     # More panels than this are laid where whole vectors begin; the two at the ends are not whole
     # then, and of 4 panels they take a quarter of the time.
     unshifted_panels: int = 16
+    # Planes of so many vectors, whose results lie off whole vectors, have their last panel wrap
+    # from each row to the next: up to 2.5 times faster than any other way past the cache. It begins
+    # and ends by itself, which in smaller planes takes longer.
+    wrapped_vectors: int = 128
     few_panels: int = 16
     few_panels_bytes: int = 32 * 1024
     # logsumexp of so few numbers is so often near 0, in one of the lanes of a vector, that all are

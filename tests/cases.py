@@ -307,7 +307,7 @@ REGIMES: dict[str, dict[str, int]] = {
     },
     "blocks": _CUT,
     "in_pieces": _IN_PIECES,
-    "past_cache": {"past_cache_bytes": 0},
+    "past_cache": {"past_cache_bytes": 0, "wrapped_vectors": 0},
     "beside_past_cache": {**_NEVER_TURNED, "past_cache_bytes": 0},
     "packed": {
         "taking_turns_elements": _NEVER,

@@ -47,6 +47,7 @@ def jobs():
             yield kernels.Job(op, dtype, dtype, "along", 3, lanes=6)
             yield kernels.Job(op, dtype, dtype, "across", 1)
             yield kernels.Job(op, dtype, dtype, "across", 1, kernels.BY_LINES, masked=True)
+            yield kernels.Job(op, dtype, dtype, "across", 1, kernels.PAST_CACHE, wraps=True)
         for dtype in ("float16", "bfloat16"):
             yield kernels.Job(op, dtype, dtype, "along")
     for dtype in ("float32", "float64"):
@@ -64,7 +65,8 @@ JOBS = list(jobs())
 def job_id(job):
     past = "" if job.stores == kernels.IN_CACHE else f"-{job.stores}"
     past += f"-{job.lanes}_lanes" if job.lanes > 1 else ""
-    kind = past + "-masked" * job.masked + "-weighted" * job.weighted + "-runs" * job.runs
+    kind = past + "-masked" * job.masked + "-wraps" * job.wraps
+    kind += "-weighted" * job.weighted + "-runs" * job.runs
     return f"{job.op}-{job.source}-{job.walk}-{job.panel}{kind}"
 
 
