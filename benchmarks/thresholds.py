@@ -75,10 +75,13 @@ def _rows(dtype: str) -> Arrays:
 
 
 _SHORT = (16, 24, 32, 48, 64, 80, 96, 128, 160)
+_DEALT = (2, 3, 4, 5, 6, 7, 8)
 _BESIDE = (200, 250, 320, 400, 500, 640, 800, 1000)
 EXPERIMENTS: dict[str, Border | Size] = {
     "short_float32_elements": Border(_SHORT, _rows("float32")),
     "short_float64_elements": Border(_SHORT, _rows("float64")),
+    "dealt_float32_elements": Border(_DEALT, _rows("float32")),
+    "dealt_float64_elements": Border(_DEALT, _rows("float64")),
     "beside_float32_elements": Border(_BESIDE, _rows("float32")),
     "beside_float64_elements": Border(_BESIDE, _rows("float64")),
     "beside_rows": Size((2, 4, 8), ((1024, 256), -1, "float32"), {}),

@@ -260,7 +260,8 @@ def _launch(
         by_n = by_n.in_vectors(width)
         n = n // fold.by_n.run * by_n.run
     work_bytes = outer * n * inner * real.itemsize
-    dense = fold.dense(dtype.itemsize, None if op == LOGSUMEXP else result.itemsize)
+    sizes = dtype.itemsize, None if op == LOGSUMEXP else result.itemsize
+    dense = fold.dense(*sizes)
     plan = _plan.plan(op, outer, n, inner, real.itemsize, result.itemsize, in_runs, alone, dense)
     if plan.walk == "packed":
         return None
@@ -317,6 +318,7 @@ def _launch(
             lanes=plan.lanes,
             masked=across and inner < plan.panel * width,
             wraps=wraps,
+            dealt=n if plan.dealt and fold.whole(*sizes) else 0,
             careful=op == LOGSUMEXP and n <= _plan.LIMITS.careful_elements,
             runs=jumps,
         )

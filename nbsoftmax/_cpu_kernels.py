@@ -81,6 +81,7 @@ class Job:
     lanes: int = 1  # along: whose elements take turns; whole panels hold as many of each
     masked: bool = False  # across: fewer lanes side by side than a panel has
     wraps: bool = False  # the last panel goes on at the beginning of the next row
+    dealt: int = 0  # short: so many numbers in each row, without gaps between rows
     careful: bool = False  # largest terms are counted from the start, not where they must be
     weighted: bool = False
     runs: bool = False  # the walk's positions lie in runs; of groups of rows, the rows do
@@ -662,6 +663,37 @@ class Kernel:
         gaps = self.vectors_in_runs and not isinstance(stage, Sum)
         return self.mask(stage.range, j, u) if gaps or self.job.masked else None
 
+    def group_vectors(
+        self, start: ir.Value, item: Item, size: int
+    ) -> list[tuple[ir.Value, Vector]]:
+        """Where the vectors of a group of short rows without gaps are, and their masks."""
+        b, o = self.b, self.o
+        count = b.mul(item.columns, self.int(self.job.dealt))
+        starts = [v * o.width for v in range(self.job.dealt)]
+        return [
+            (b.add(start, self.int(first * size)), o.live(b.sub(count, self.int(first))))
+            for first in starts
+        ]
+
+    def squares(self, length: ir.Value) -> Iterator[tuple[ir.Value, int]]:
+        """The squares in which rows are turned: where, and of how many columns.
+
+        As many rows as a vector has elements, and as many columns; or if no more are left, half or
+        a quarter of it: then several rows share a vector.
+        """
+        b, width = self.b, self.o.width
+        with self.o.loop(self.int(0), length, width) as q:
+            left = b.sub(length, q)
+            quarter, half = (b.icmp_signed("<=", left, self.int(width // part)) for part in (4, 2))
+            with b.if_else(quarter) as (few, others):
+                with few:
+                    yield q, width // 4
+                with others, b.if_else(half) as (some, many):
+                    with some:
+                        yield q, width // 2
+                    with many:
+                        yield q, width
+
     def turned_walk(self, stages: "list[Stage]", items: list[Item]) -> None:
         """The same for short rows, whose tiles lie in the first-level cache: one after the other.
 
@@ -753,7 +785,7 @@ class Kernel:
         slots[0].set(item)
         zero = self.int(0)
         for slot in slots[1:]:
-            slot.set(dataclasses.replace(item, results=zero, length=zero))
+            slot.set(dataclasses.replace(item, columns=zero, results=zero, length=zero))
         items = b.sub(high, low)
         if self.of_rows:
             items = b.sdiv(b.add(items, self.int(self.group - 1)), self.int(self.group))
@@ -876,17 +908,27 @@ class Maximum(Stage):
         part.set(self.o.larger(x, part.get()))
 
     def turned(self) -> None:
-        """Rows of x to the columns of the tile, a square in registers at a time."""
+        """Rows of x to the columns of the tile."""
         k, b, o, item = self.k, self.k.b, self.o, self.current
         last = b.sub(item.columns, k.int(1))
         lines = [k.line_at("x", item, k.smaller(k.int(i), last)) for i in range(o.width)]
         with o.loop(k.int(0), b.mul(k.x_outer, k.int(o.width)), CACHE_LINE_BYTES) as at:
             o.prefetch(b.add(self.ahead[0], at))
-        with o.loop(k.int(0), item.length, o.width) as q:
-            mask = o.live(b.sub(item.length, q))
-            offset = b.mul(q, k.int(k.source.itemsize))
+        if k.job.dealt:
+            vectors = [
+                k.source.load(o, place, mask, fill=-float("inf"))
+                for place, mask in k.group_vectors(item.x, item, k.source.itemsize)
+            ]
+            for j, column in enumerate(o.dealt(vectors)):
+                self.take(column, 0)
+                o.store(k.scratch_at(item.tile, k.int(j), 0), column)
+            return
+        for q, side in k.squares(item.length):
+            offset, left = b.mul(q, k.int(k.source.itemsize)), b.sub(item.length, q)
+            places = [b.add(line, offset) for line in lines]
             rows = [
-                k.source.load(o, b.add(line, offset), mask, fill=-float("inf")) for line in lines
+                k.source.load_parts(o, places[i::side], left, fill=-float("inf"))
+                for i in range(side)
             ]
             for j, column in enumerate(o.transpose(rows)):
                 self.take(column, 0)
@@ -1296,19 +1338,28 @@ class Output(Stage):
     def turned(self) -> None:
         """The tile's columns to rows of out."""
         k, b, o, item = self.k, self.k.b, self.o, self.current
-        with o.loop(k.int(0), item.length, o.width) as q:
-            places = [b.add(q, k.int(j)) for j in range(o.width)]
+        if k.job.dealt:
+            columns = [self.result(self.read(k.int(j), 0, None), 0) for j in range(k.job.dealt)]
+            out = item.out if self.lines is None else self.lines.free()
+            places = k.group_vectors(out, item, k.result.itemsize)
+            for vector, (place, mask) in zip(o.gathered(columns), places, strict=True):
+                k.result.store(o, place, vector, mask)
+            return
+        for q, side in k.squares(item.length):
+            places = [b.add(q, k.int(j)) for j in range(side)]
             columns = [self.result(self.read(place, 0, None), 0) for place in places]
-            mask = o.live(b.sub(item.length, q))
-            start = b.mul(q, k.int(k.result.itemsize))
-            for i, line in enumerate(o.transpose(columns)):
+            start, left = b.mul(q, k.int(k.result.itemsize)), b.sub(item.length, q)
+            squares = o.transpose(columns)
+            for i in range(o.width):
                 if self.lines is None:
                     row = k.line_at("out", item, k.int(i))
                 else:
                     row = b.add(self.lines.free(), b.mul(k.int(i), k.out_outer))
-                place = b.add(start, row)
+                square, line = divmod(i, side)
                 with b.if_then(b.icmp_signed("<", k.int(i), item.columns)):
-                    k.result.store(o, place, line, mask)
+                    k.result.store_part(
+                        o, b.add(start, row), squares[line], left, square * side, side
+                    )
 
     def leave(self) -> None:
         """The item's rows are whole now: let lines go that wait for no other row."""

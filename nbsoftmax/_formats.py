@@ -47,6 +47,24 @@ class Format:
             value = o.where(mask, value, o.const(fill))
         return value
 
+    def load_parts(
+        self, o: Emitter, addresses: list[ir.Value], count: ir.Value, fill: float
+    ) -> Vector:
+        """A vector of as many parts as addresses, each ``fill`` from ``count`` elements on."""
+        mask = o.live(count, len(addresses))
+        size = o.width // len(addresses)
+        one = Vector(o, o.part(mask.value, 0, size))
+        kind = ir.VectorType(self.element, size)
+        raw = o.together([o.load_raw(address, kind, one) for address in addresses])
+        return o.where(mask, self.widen(o, raw), o.const(fill))
+
+    def store_part(
+        self, o: Emitter, address: ir.Value, value: Vector, count: ir.Value, first: int, size: int
+    ) -> None:
+        """Up to ``count`` of so many elements of a vector, from ``first`` on."""
+        raw = o.part(self.narrow(o, value), first, size)
+        o.store_raw(address, raw, Vector(o, o.part(o.live(count).value, 0, size)))
+
     def widen(self, o: Arithmetic, raw: ir.Value) -> Vector:
         """What was loaded, as it is computed with."""
         if self.kind == "i":

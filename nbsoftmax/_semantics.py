@@ -154,6 +154,17 @@ class Fold:
             steps.append((self.by_n.out, out_itemsize))
         return self.by_n.run == self.n and all(step == self.inner * size for step, size in steps)
 
+    def whole(self, itemsize: int, out_itemsize: int | None) -> bool:
+        """Whether there are no gaps at all."""
+        steps = [(self.by_outer.x, itemsize)]
+        if out_itemsize is not None:
+            steps.append((self.by_outer.out, out_itemsize))
+        plane = self.n * self.inner
+        follow = self.by_outer.run == self.outer and all(
+            step == plane * size for step, size in steps
+        )
+        return follow and self.dense(itemsize, out_itemsize)
+
 
 def fold(
     shape: tuple[int, ...],

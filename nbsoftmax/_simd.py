@@ -112,31 +112,76 @@ class Emitter(Arithmetic):
         return self.shuffle(value, value, [(first + i) % lanes for i in range(self.width)])
 
     def transpose(self, rows: list[Vector]) -> list[Vector]:
-        """A square of numbers held in registers: element j of row i becomes element i of row j."""
-        w, step = self.width, 1
-        while step < w:
+        """A square of numbers held in registers: element j of row i becomes element i of row j.
+
+        Of fewer rows than a vector has elements, several squares side by side.
+        """
+        step = 1
+        while step < len(rows):
             done = list(rows)
             low, high = self._halves(step)
-            for i in range(w):
+            for i in range(len(rows)):
                 if not i & step:
                     done[i] = self.shuffle(rows[i], rows[i + step], low)
                     done[i + step] = self.shuffle(rows[i], rows[i + step], high)
             rows, step = done, 2 * step
         return rows
 
+    def dealt(self, vectors: list[Vector]) -> list[Vector]:
+        """As many vectors, one behind the other, to the columns of rows of as many numbers."""
+        n, w = len(vectors), self.width
+        return [self._picked(vectors, [r * n + j for r in range(w)]) for j in range(n)]
+
+    def gathered(self, columns: list[Vector]) -> list[Vector]:
+        """What `dealt` dealt."""
+        n, w = len(columns), self.width
+        numbers = [[v * w + e for e in range(w)] for v in range(n)]
+        return [self._picked(columns, [i % n * w + i // n for i in chosen]) for chosen in numbers]
+
+    def _picked(self, vectors: list[Vector], elements: list[int]) -> Vector:
+        """A vector of these elements of some, counted through all."""
+        w, found = self.width, vectors[0]
+        for v, vector in enumerate(vectors[1:], 1):
+            kept = [i % w for i in elements] if v == 1 else range(w)  # what is in its place stays
+            index = [
+                w + i % w if i // w == v else place for i, place in zip(elements, kept, strict=True)
+            ]
+            found = self.shuffle(found, vector, index)
+        return found
+
     # -- memory ---------------------------------------------------------------------------------
 
     def int64(self, value: int) -> ir.Constant:
         return ir.Constant(I64, value)
 
-    def live(self, count: ir.Value) -> Vector:
-        """The mask of the first ``count`` elements."""
+    def live(self, count: ir.Value, parts: int = 1) -> Vector:
+        """The mask of the first ``count`` elements, or of those of each of so many parts."""
         kind = ir.VectorType(I64 if self.width == 8 else I32, self.width)
         if self.width != 8:
             count = self.b.trunc(count, I32)
-        counts = self._in_every_element(count)
-        index = ir.Constant(kind, [ir.Constant(kind.element, i) for i in range(self.width)])
+        counts, size = self._in_every_element(count), self.width // parts
+        index = ir.Constant(kind, [ir.Constant(kind.element, i % size) for i in range(self.width)])
         return Vector(self, self.b.icmp_signed("<", index, counts))
+
+    def part(self, raw: ir.Value, first: int, size: int) -> ir.Value:
+        """So many elements of a vector of any kind."""
+        if size == raw.type.count:
+            return raw
+        index = ir.Constant(
+            ir.VectorType(I32, size), [ir.Constant(I32, first + i) for i in range(size)]
+        )
+        return self.b.shuffle_vector(raw, raw, index)
+
+    def together(self, parts: list[ir.Value]) -> ir.Value:
+        """Vectors of any kind one behind the other in one."""
+        while len(parts) > 1:
+            size = 2 * parts[0].type.count
+            index = ir.Constant(
+                ir.VectorType(I32, size), [ir.Constant(I32, i) for i in range(size)]
+            )
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            parts = [self.b.shuffle_vector(a, b, index) for a, b in pairs]
+        return parts[0]
 
     def at(self, address: ir.Value, kind: ir.Type) -> ir.Value:
         return self.b.inttoptr(address, kind.as_pointer())

@@ -43,6 +43,7 @@ def jobs():
             for walk, panel in PANELS.items():
                 yield kernels.Job(op, dtype, dtype, walk, panel)
                 yield kernels.Job(op, dtype, dtype, walk, panel, runs=True)
+            yield kernels.Job(op, dtype, dtype, "short", dealt=3)
             yield kernels.Job(op, dtype, dtype, "along", lanes=4)
             yield kernels.Job(op, dtype, dtype, "along", 3, lanes=6)
             yield kernels.Job(op, dtype, dtype, "across", 1)
@@ -65,6 +66,7 @@ JOBS = list(jobs())
 def job_id(job):
     past = "" if job.stores == kernels.IN_CACHE else f"-{job.stores}"
     past += f"-{job.lanes}_lanes" if job.lanes > 1 else ""
+    past += f"-{job.dealt}_dealt" if job.dealt else ""
     kind = past + "-masked" * job.masked + "-wraps" * job.wraps
     kind += "-weighted" * job.weighted + "-runs" * job.runs
     return f"{job.op}-{job.source}-{job.walk}-{job.panel}{kind}"
