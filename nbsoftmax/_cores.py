@@ -5,6 +5,7 @@ Where the system says neither, every core counts as free, and threads run where 
 
 import contextlib
 import ctypes
+import functools
 import os
 import threading
 import time
@@ -49,22 +50,25 @@ def _used_by_others(awake: Callable[[], int]) -> int:
     0 where the system does not say, and where this thread may not use all cores: what runs on the
     others is nothing to it.
     """
-    if _current is None or len(os.sched_getaffinity(0)) < COUNT:
+    if _current is None:
         return 0
     try:
         running = int(_load().split()[3].partition(b"/")[0])
     except (OSError, ValueError, IndexError):
         return 0
-    return max(0, running - 1 - awake())
+    others = max(0, running - 1 - awake())
+    return others if others and len(os.sched_getaffinity(0)) == COUNT else 0
 
 
 def _load() -> bytes:
-    """What the system says of its load. After a pause, Python's own `open` takes 0.1 ms longer."""
-    file = os.open("/proc/loadavg", os.O_RDONLY)
-    try:
-        return os.read(file, 100)
-    finally:
-        os.close(file)
+    """What the system says of its load: 40 us after a pause, and twice as long with opening it."""
+    return os.pread(_load_file(), 100, 0)
+
+
+@functools.cache
+def _load_file() -> int:
+    """The file that says it, open for as long as the process lives."""
+    return os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def send(helpers: Sequence[threading.Thread]) -> None:

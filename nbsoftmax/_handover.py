@@ -4,13 +4,15 @@ Waking a thread takes 30 to 100 us, as long as a kernel needs for a megabyte.  S
 just worked listens at its *box* for a while: a few words of memory, whose state says whose turn it
 is.  All changes of state are atomic, and only these exist::
 
-    AWAY -> LISTENING -> AWAY                       the helper, when it comes and when it gives up
-    LISTENING -> TAKEN -> OFFERED -> LISTENING      the caller: writes a call, or withdraws it
-    OFFERED -> WORKING -> LISTENING                 the helper: runs the call
+    AWAY -> LISTENING -> AWAY                  the helper, when it is there and when it gives up
+    LISTENING or AWAY -> TAKEN -> OFFERED      the caller: writes a call
+    OFFERED -> AWAY                            the caller: withdraws it
+    OFFERED -> WORKING -> LISTENING            the helper: runs the call
 
 A caller offers the call, works itself, withdraws what no helper has begun, and waits for the rest:
 `DONE` counts the calls that a box has run.  An offer carries that count, so that nobody withdraws
-an offer which another caller has made since: every call that was run has raised it.
+an offer which another caller has made since: every call that was run has raised it.  A long call
+is offered to helpers that are away, too, who have been woken and may still come.
 """
 
 import functools
@@ -118,7 +120,6 @@ def _looked(b: ir.IRBuilder, left: ir.Value) -> ir.Value:
 def _emit_listen(typing_context: Any, box: Any, looks: Any) -> Any:
     def generate(context: Any, b: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         box = _Box(b, arguments[0])
-        box.write(STATE, LISTENING)
         left = cgutils.alloca_once_value(b, arguments[1])
         look, work = b.append_basic_block("look"), b.append_basic_block("work")
         rest, leave = b.append_basic_block("rest"), b.append_basic_block("leave")
@@ -130,6 +131,9 @@ def _emit_listen(typing_context: Any, box: Any, looks: Any) -> Any:
         offered = b.icmp_signed("==", bare, ir.Constant(I64, OFFERED))
         with b.if_then(offered, likely=False), b.if_then(box.change(state, WORKING)):
             b.branch(work)
+        away = b.icmp_signed("==", state, ir.Constant(I64, AWAY))
+        with b.if_then(away, likely=False):
+            box.change(AWAY, LISTENING)
         b.branch(rest)
 
         b.position_at_end(work)
@@ -164,9 +168,10 @@ def _emit_lend(
     pairs: Any,
     parameters: Any,
     ticket: Any,
+    everyone: Any,
 ) -> Any:
     def generate(context: Any, b: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        first, count, kernel, *values = arguments
+        first, count, kernel, *values, everyone = arguments
         words = [b.load(_entry.word(b, kernel, 0)), *values]
         parameters, ticket = values[-2:]
         helps = [*words[:-1], b.or_(ticket, ir.Constant(I64, 1))]  # an odd ticket
@@ -183,18 +188,23 @@ def _emit_lend(
 
         for box, place in each():
             b.store(nobody, place)
-            with b.if_then(box.change(LISTENING, TAKEN)):
+            listens = box.change(LISTENING, TAKEN)
+            taken = cgutils.alloca_once_value(b, listens)
+            with b.if_then(b.and_(b.not_(listens), b.icmp_signed("!=", everyone, zero))):
+                b.store(box.change(AWAY, TAKEN), taken)
+            with b.if_then(b.load(taken)):
                 done = box.read(DONE)
                 b.store(done, place)
                 for i, word in enumerate(helps):
                     b.store(word, box.word(CALL + i))
                 box.write(STATE, box.offer(done))
+            with b.if_then(listens):
                 _count(b, asked)
         _entry.call_address(b, words[0], values)
         for box, place in each():
             before = b.load(place)
             with b.if_then(b.icmp_signed("!=", before, nobody)):
-                withdrawn = box.change(box.offer(before), LISTENING)
+                withdrawn = box.change(box.offer(before), AWAY)  # who is there will say so
                 b.store(b.select(withdrawn, nobody, before), place)
                 with b.if_then(b.not_(withdrawn)):
                     _count(b, helped)
@@ -206,7 +216,7 @@ def _emit_lend(
         answer = b.select(in_vain, ir.Constant(I64, UNHEARD), ir.Constant(I64, TOGETHER))
         return b.select(missing, ir.Constant(I64, LATE), answer)
 
-    arguments = (boxes, count, kernel, x, out, pairs, parameters, ticket)
+    arguments = (boxes, count, kernel, x, out, pairs, parameters, ticket, everyone)
     return types.int64(*arguments), generate
 
 
@@ -233,8 +243,8 @@ def _listen(box, looks):  # type: ignore[no-untyped-def]
     _emit_listen(box, looks)
 
 
-def _lend(boxes, count, kernel, x, out, pairs, parameters, ticket):  # type: ignore[no-untyped-def]
-    return _emit_lend(boxes, count, kernel, x, out, pairs, parameters, ticket)
+def _lend(boxes, count, kernel, x, out, pairs, parameters, ticket, everyone):  # type: ignore
+    return _emit_lend(boxes, count, kernel, x, out, pairs, parameters, ticket, everyone)
 
 
 def prepare() -> None:
@@ -261,11 +271,13 @@ def listen() -> Any:
 
 @functools.cache
 def lend() -> Any:
-    """``lend(boxes, count, kernel, x, out, pairs, parameters, ticket)``: run a kernel together.
+    """``lend(boxes, count, kernel, x, out, pairs, parameters, ticket, everyone)``.
 
-    In this thread, and in every box whose helper listens.  ``kernel`` holds the address of its
+    Run a kernel together: in this thread, and in every box whose helper listens; if ``everyone``,
+    also of those that come before it is done.  ``kernel`` holds the address of its
     machine code.  The ticket gets a word for each box: -1, or what its `DONE` was before a call
     that still runs.  Returns `TOGETHER`, `UNHEARD` or `LATE`.
     """
-    signature = (_entry.ADDRESS, types.int64, *[_entry.ADDRESS] * (1 + ARGUMENTS))
+    arrays = [_entry.ADDRESS] * (1 + ARGUMENTS)
+    signature = (_entry.ADDRESS, types.int64, *arrays, types.int64)
     return _entry.ready(_lend, ["lend"], signature).call

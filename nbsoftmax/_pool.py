@@ -5,8 +5,9 @@ forked child.  Here the calling thread works too and never waits for a helper th
 so nothing can hang; a forked child starts with no helpers and hires its own.
 
 A helper waits in two ways: for some microseconds it listens for kernel calls (`_handover`), then it
-sleeps until a job is put into the queue.  Calls that are shorter than waking takes only ask those
-that listen; where such calls follow each other closely, one wakes helpers, who listen for the next.
+sleeps until something is put into the queue: mostly that it shall listen again, and what for lies
+in its box.  Calls that are shorter than waking takes only ask those that listen; where such calls
+follow each other closely, one wakes helpers, who listen for the next.
 
 Before helpers are woken, each is sent to cores of its own.  In a virtual machine a core that sleeps
 looks taken, and the system would have them wake where the caller runs: the two would take turns on
@@ -149,10 +150,36 @@ def share(job: Job, threads: int) -> None:
     If it is interrupted here (Ctrl-C), no part is left to take, and the helpers that took one are
     waited for: nothing is written any more when the caller sees the exception.
     """
-    loan = job.loan
-    boxes = _hired(threads) if loan else None
-    listening = _listening(boxes)
-    asleep = threads - 1 - listening if job.wakes else 0
+    if job.loan:
+        _share_loan(job, threads)
+    else:
+        _share_work(job, threads)
+
+
+def _share_loan(job: Job, threads: int) -> None:
+    """With helpers that listen, and if it ``wakes`` them, those that come in time."""
+    global _alone_until
+    if job.wakes:
+        _wake(threads - 1 - _listening(_hired(threads)), threads, None)
+    boxes, loan = _hired(threads), job.loan
+    if boxes is None:  # nobody could be hired
+        job.work()
+        return
+    try:
+        said = _handover.lend()(boxes, len(boxes), *loan, int(job.wakes))
+        if said in ALONE_NS:
+            _alone_until = time.perf_counter_ns() + ALONE_NS[said]
+        while said == _handover.LATE and (not job.finished() or _lent(boxes, loan)):
+            time.sleep(0)
+    except BaseException:
+        job.cancel()
+        while _lent(boxes, loan):
+            time.sleep(0)
+        raise
+
+
+def _share_work(job: Job, threads: int) -> None:
+    """With helpers that need the interpreter for it."""
     ended: list[None] = []
     offer: list[Work] = []
 
@@ -163,23 +190,19 @@ def share(job: Job, threads: int) -> None:
             ended.append(None)
 
     try:
-        offer += [helping] * asleep
-        _wake(asleep, threads, offer)
-        if listening:
-            if _lend(boxes, loan):
-                return
-        else:
-            job.work()
-        while not job.finished() or _lent(boxes, loan):
+        offer += [helping] * (threads - 1)
+        _wake(threads - 1, threads, offer)
+        job.work()
+        while not job.finished():
             time.sleep(0)
     except BaseException:
         job.cancel()
-        taken = asleep
+        taken = threads - 1
         with contextlib.suppress(IndexError):
             while True:
                 offer.pop()
                 taken -= 1
-        while len(ended) < taken or _lent(boxes, loan):
+        while len(ended) < taken:
             time.sleep(0)
         raise
     finally:
@@ -230,18 +253,7 @@ def _listening(boxes: Any) -> int:
     return int(boxes[:, _handover.STATE].tolist().count(_handover.LISTENING))
 
 
-def _lend(boxes: Any, loan: tuple[Any, ...]) -> bool:
-    """Run the loan here and in the boxes whose helpers listen; whether it is all done."""
-    global _alone_until
-    said = _handover.lend()(boxes, len(boxes), *loan)
-    if said != _handover.TOGETHER:
-        _alone_until = time.perf_counter_ns() + ALONE_NS[said]
-    return bool(said != _handover.LATE)
-
-
 def _lent(boxes: Any, loan: tuple[Any, ...]) -> bool:
     """Whether a box is still at work on the loan, whose arrays have to stay until then."""
-    if boxes is None or not loan:
-        return False
     began = loan[-1][_handover.BEGAN :].tolist()
     return any(before == box[_handover.DONE] for box, before in zip(boxes, began, strict=False))

@@ -29,11 +29,11 @@ def call():
         yield launch.calls[0], x, out
 
 
-def lend(boxes, call, x, out):
+def lend(boxes, call, x, out, everyone=0):
     """One call that is over when this returns, as the pool makes it."""
     ticket = _handover.ticket(len(boxes))
     loan = (call.machine_code, x, out, None, call.parameters, ticket)
-    answer = _handover.lend()(boxes, len(boxes), *loan)
+    answer = _handover.lend()(boxes, len(boxes), *loan, everyone)
     while _pool._lent(boxes, loan):
         time.sleep(0)
     return answer, ticket
@@ -51,16 +51,17 @@ def test_boxes_share_no_cache_line():
     assert boxes.strides[0] % 128 == 0
 
 
+@pytest.mark.parametrize("everyone", [0, 1])
 @pytest.mark.parametrize("state", ["AWAY", "LISTENING", "TAKEN", "OFFERED", "WORKING"])
-def test_the_caller_does_alone_what_nobody_begins(state, call):
+def test_the_caller_does_alone_what_nobody_begins(state, everyone, call):
     """Nobody looks at the box, whatever its state says: then only its own offer is withdrawn."""
     kernel, x, out = call
     boxes = _handover.boxes(2)
     boxes[1, STATE] = before = getattr(_handover, state)
-    answer, ticket = lend(boxes, kernel, x, out)
-    asked = state == "LISTENING"
-    assert answer == (_handover.UNHEARD if asked else _handover.TOGETHER)
-    assert boxes[:, STATE].tolist() == [_handover.AWAY, before]
+    answer, ticket = lend(boxes, kernel, x, out, everyone)
+    heard = state != "LISTENING"  # or expected to be away
+    assert answer == (_handover.TOGETHER if heard else _handover.UNHEARD)
+    assert boxes[:, STATE].tolist() == [_handover.AWAY, before if heard else _handover.AWAY]
     assert boxes[:, DONE].tolist() == [0, 0]
     assert ticket[_handover.BEGAN :].tolist() == [-1, -1]
     assert ticket[_handover.FINISHED] == kernel.items
@@ -82,7 +83,7 @@ def test_nobody_withdraws_the_offer_of_another_caller():
 
     address = ctypes.cast(while_the_first_caller_works, ctypes.c_void_p).value
     kernel, ticket = np.array([address]), _handover.ticket(1)
-    _handover.lend()(boxes, 1, kernel, ticket, ticket, None, ticket, ticket)
+    _handover.lend()(boxes, 1, kernel, ticket, ticket, None, ticket, ticket, 0)
     assert seen == [_handover.OFFERED + _handover.COUNT * 6]
     assert boxes[0, STATE] == rival
     assert ticket[_handover.BEGAN] == -1
@@ -110,6 +111,29 @@ def test_a_listener_runs_what_it_is_offered(call):
     assert not helper.is_alive()
     assert boxes[0, DONE] >= 20
     np.testing.assert_array_equal(out, Backend.NUMPY("softmax", x, 1))
+
+
+def test_who_comes_late_runs_what_was_offered_meanwhile():
+    """A long call is offered to boxes whose helpers are away, but on their way."""
+    boxes = _handover.boxes(1)
+    done = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 5)
+    def both(*arguments):
+        helps = arguments[-1] & 1
+        done.append(helps)
+        if not helps:  # the caller waits until the helper has come
+            helper = threading.Thread(target=_handover.listen(), args=(boxes[0], 1), daemon=True)
+            helper.start()
+            while len(done) < 2:
+                time.sleep(0.001)
+        return 0
+
+    address = ctypes.cast(both, ctypes.c_void_p).value
+    kernel, ticket = np.array([address]), _handover.ticket(1)
+    _handover.lend()(boxes, 1, kernel, ticket, ticket, None, ticket, ticket, 1)
+    assert done == [0, 1]
+    assert boxes[0, DONE] == 1
 
 
 def test_helpers_of_the_pool_listen_after_work(call):
@@ -225,7 +249,8 @@ def test_short_calls_run_alone_after_a_helper_had_no_core(pool, call):
     at(10**9, 10**9 + 1, 10**9 + 2, 10**9 + 1 + _pool.ALONE_NS[_handover.UNHEARD])
     assert _pool.sharers(2, wakes=False) == 2
     kernel(x, out, None, 2)
-    assert boxes[0, STATE] == _handover.LISTENING
+    assert boxes[0, STATE] == _handover.AWAY
+    boxes[0, STATE] = _handover.LISTENING  # as it says when it has its core again
     assert _pool.sharers(2, wakes=False) == 1
     assert _pool.sharers(2, wakes=False) == 2
     assert_right("softmax", out, x, 1)
