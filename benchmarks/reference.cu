@@ -558,12 +558,22 @@ BOTH void whole(int thread, unsigned block, const char* x, char* out, int64_t ou
         // log_softmax wants the sum of all terms but one largest, to its last bit; logsumexp does
         // where it is near 0.
         constexpr int additions = T::each + bit_length(T::deep);
-        bool small[lanes], any = false;
-        R result[lanes];
-        UNROLLED (int i = 0; i < lanes; i++) {
+        // Logsumexp of neighbouring lanes: each of the threads behind each other finishes one.
+        constexpr bool one_each = op == LOGSUMEXP && lanes > 1 && T::deep >= lanes;
+        constexpr int finished = one_each ? 1 : lanes;
+        int own = t.behind % lanes;
+        R maxima[finished];
+        bool small[finished], any = false;
+        R result[finished];
+        UNROLLED (int i = 0; i < lanes; i++)
+            if (!one_each || i == 0 || own == i) {
+                maxima[i % finished] = m[i];
+                total[i % finished] = total[i];
+            }
+        UNROLLED (int i = 0; i < finished; i++) {
             if constexpr (op == LOGSUMEXP) {
-                result[i] = logsumexp_of_all(m[i], total[i]);
-                small[i] = !(larger(magnitude(m[i]), magnitude(result[i])) > 1);
+                result[i] = logsumexp_of_all(maxima[i], total[i]);
+                small[i] = !(larger(magnitude(maxima[i]), magnitude(result[i])) > 1);
             } else {
                 total[i] = without_one(m[i], total[i]);
                 small[i] = is_small(m[i], total[i].high, additions);
@@ -579,16 +589,21 @@ BOTH void whole(int thread, unsigned block, const char* x, char* out, int64_t ou
                 pairs[3 * i] = count, pairs[3 * i + 1] = sum.high, pairs[3 * i + 2] = sum.low;
             }
             G::reduce(thread, pairs, Add<1>());
-            UNROLLED (int i = 0; i < lanes; i++)
-                if (small[i]) {
-                    total[i] = with_equals<R>(m[i], pairs[3 * i],
+            UNROLLED (int i = 0; i < lanes; i++) {
+                int k = i % finished;
+                if (small[k] && (!one_each || own == i)) {
+                    total[k] = with_equals<R>(m[i], pairs[3 * i],
                                               {pairs[3 * i + 1], pairs[3 * i + 2]});
-                    if constexpr (op == LOGSUMEXP) result[i] = logsumexp(m[i], total[i]);
+                    if constexpr (op == LOGSUMEXP) result[k] = logsumexp(m[i], total[k]);
                 }
+            }
         }
+        if constexpr (one_each)
+            if (t.live && t.behind < lanes) T::store_one(place + t.behind * size, result[0]);
         UNROLLED (int i = 0; i < lanes; i++) {
             if constexpr (op == LOGSUMEXP) {
-                if (t.live && t.behind == 0) T::store_one(place + i * size, result[i]);
+                if (!one_each && t.live && t.behind == 0)
+                    T::store_one(place + i * size, result[i % finished]);
             } else {
                 R log = log_sum(m[i], total[i]).high;
                 UNROLLED (R& value : t.values[i]) value = (value - m[i]) - log;

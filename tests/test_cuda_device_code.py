@@ -79,8 +79,8 @@ def body(functions, o, values):
     """What one thread does with a lane that it holds alone."""
     if functions.job.op == "softmax":
         return functions._softmax(o, values)
-    known = functions._sums(o, values)
-    careful = functions._careful_sums(o, values, known)  # keeps what is good enough
+    known = functions._sums(o, values, None)
+    careful = functions._careful_sums(o, values, known, None)  # keeps what is good enough
     return functions._logarithms(o, values, careful)
 
 

@@ -181,13 +181,13 @@ def _held(op: str) -> Maker:
         numbers = _numbers(values.real, count)
 
         def one(values: Any, threads: int) -> Any:
-            return results(numbers((values,)))[0]
+            return results(numbers((values,)), 0)[0]
 
         def one_of_many(values: Any, threads: int) -> Any:
-            return results(numbers(values))[0]
+            return results(numbers(values), 0)[0]
 
         def many(values: Any, threads: int) -> Any:
-            return results(numbers(values))
+            return results(numbers(values), 0)
 
         if not values.numbers:
             return one

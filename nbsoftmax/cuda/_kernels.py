@@ -37,6 +37,9 @@ class Functions:
         self.job = job
         lanes, held, pairs = job.lanes, job.vectors * job.width, job.parts * job.lanes
         reduces = job.op == LOGSUMEXP
+        # Logarithms of neighbouring lanes: each of the threads behind each other makes one.
+        self.one_each = reduces and job.group.deep >= lanes > 1
+        finished = 1 if self.one_each else lanes
 
         def function(body: Callable[..., Any], results: int = 0) -> Callable[..., Any]:
             return lifted(body, job.real, results)
@@ -44,12 +47,13 @@ class Functions:
         self.load = function(self._load, held)
         self.store = function(self._store)
         self.softmax = function(self._softmax, held)
-        # The logarithms' maximum, sum in two parts or result, and whether it is good enough.
-        self.known = 3 if reduces else 4
-        self.sums = function(self._sums, self.known * lanes)
-        self.careful_sums = function(self._careful_sums, self.known * lanes)
+        # All maxima; and of each lane that is finished here its sum in two parts or its result, and
+        # whether that is good enough.
+        self.known = 2 if reduces else 3
+        self.sums = function(self._sums, lanes + self.known * finished)
+        self.careful_sums = function(self._careful_sums, lanes + self.known * finished)
         self.anywhere = function(self._anywhere, 1)
-        self.logarithms = function(self._logarithms, lanes if reduces else held)
+        self.logarithms = function(self._logarithms, finished if reduces else held)
         self.no_pairs = function(self._no_pairs, pairs)
         self.push_tile = function(self._push_tile, pairs)
         self.push_weighted = function(self._push_weighted, pairs)
@@ -63,6 +67,7 @@ class Functions:
         self.finish_signs = function(self._finish_signs, lanes)
         self.apply = function(self._apply, held)
         self.store_lanes = function(self._store_lanes)
+        self.store_own = function(self._store_own)
         self.cluster_arrive = function(self._cluster_arrive)
         self.cluster_wait = function(self._cluster_wait)
 
@@ -127,57 +132,68 @@ class Functions:
             made.append([_scalars.softmax(o, term, *inverse) for term in lane])
         return self.job.together(made)
 
-    # log_softmax wants the sum of all terms but one largest, to its last bit: m, s and c of each
-    # lane, and whether they are not good enough. logsumexp, m, itself and the same.
+    # log_softmax wants the sum of all terms but one largest, to its last bit. `own` says which lane
+    # this thread finishes, where each does one.
 
-    def _sums(self, o: Any, values: Values) -> Values:
+    def _finished(self, o: Any, own: Any, lanes: list[Values]) -> list[Values]:
+        """What is known of the lanes that this thread finishes, from that of all."""
+        if not self.one_each:
+            return lanes
+        chosen = lanes[0]
+        for k, lane in enumerate(lanes[1:], 1):
+            here = o.above(own, k - 1)
+            chosen = [o.chosen(here, b, a) for a, b in zip(chosen, lane, strict=True)]
+        return [chosen]
+
+    def _sums(self, o: Any, values: Values, own: Any) -> Values:
         """From the sum of all terms."""
         job = self.job
         additions = job.vectors * (job.width if job.along else 1) + job.deep.bit_length()
-        found: Values = []
         maxima, _, totals = self._totals(o, values, False)
-        for m, sums in zip(maxima, totals, strict=True):
+        found = maxima
+        lanes = [[m, *sums] for m, sums in zip(maxima, totals, strict=True)]
+        for m, *sums in self._finished(o, own, lanes):
             if job.op == LOGSUMEXP:
-                found += [m, *_lanes.logsumexp(o, m, sums)]
+                found = found + _lanes.logsumexp(o, m, sums)
             else:
-                found += [m, *_lanes.rest(o, m, sums, additions)]
+                found = found + _lanes.rest(o, m, sums, additions)
         return found
 
-    def _careful_sums(self, o: Any, values: Values, sums: Values) -> Values:
+    def _careful_sums(self, o: Any, values: Values, sums: Values, own: Any) -> Values:
         """With the largest terms counted instead, for lanes that want it."""
         job = self.job
-        known = _lanes.each_pair(sums, self.known)
+        maxima = sums[: job.lanes]
+        known = _lanes.each_pair(sums[job.lanes :], self.known)
         pairs: Values = []
         # This is rare. What it has in common with the first sum is computed again: kept until here,
         # it would take twice the registers.
         values = [o.opaque(v) for v in values]
-        for lane, (m, *_) in zip(job.split(values), known, strict=True):
+        for lane, m in zip(job.split(values), maxima, strict=True):
             pairs += _lanes.push(o, _lanes.empty(o, job.parts), lane, o.opaque(m))
-        found: Values = []
-        for (m, *quick, small), pair in zip(
-            known,
-            _lanes.each_pair(_lanes.reduced(o, job.group, job.parts, pairs), job.parts),
-            strict=True,
-        ):
+        pairs = _lanes.reduced(o, job.group, job.parts, pairs)
+        finished = self._finished(o, own, _lanes.each_pair(pairs, job.parts))
+        found = maxima
+        for (*quick, small), pair in zip(known, finished, strict=True):
             better = list(_scalars.with_equals(o, *pair))
             if job.op == LOGSUMEXP:
-                better = _lanes.finish_rest(o, job.op, m, *better)
+                better = _lanes.finish_rest(o, job.op, pair[0], *better)
             again = small > o.const(0.0)
             chosen = [o.where(again, a, b) for a, b in zip(better, quick, strict=True)]
-            found += [m, *chosen, small]
+            found = [*found, *chosen, small]
         return found
 
     def _anywhere(self, o: Any, sums: Values) -> Values:
         """1 if any lane of the threads that sum together wants careful sums."""
-        wanted = functools.reduce(o.larger, sums[self.known - 1 :: self.known])
+        known = _lanes.each_pair(sums[self.job.lanes :], self.known)
+        wanted = functools.reduce(o.larger, [small for *_, small in known])
         return [o.anywhere(wanted, self.job.group)]
 
     def _logarithms(self, o: Any, values: Values, sums: Values) -> Values:
         job, made = self.job, []
-        known = _lanes.each_pair(sums, self.known)
+        maxima, known = sums[: job.lanes], _lanes.each_pair(sums[job.lanes :], self.known)
         if job.op == LOGSUMEXP:
-            return [value for _, value, _ in known]
-        for lane, (m, s, c, _) in zip(job.split(values), known, strict=True):
+            return [value for value, _ in known]
+        for lane, m, (s, c, _) in zip(job.split(values), maxima, known, strict=True):
             made.append(_lanes.answers(o, job.op, lane, _lanes.finish_rest(o, job.op, m, s, c)))
         return job.together(made)
 
@@ -253,6 +269,11 @@ class Functions:
         ]
         return job.together(lanes)
 
+    def _store_own(self, o: Any, address: Any, edge: Any, own: Any, values: Values) -> None:
+        """The result of one lane, if there is such."""
+        form = self.job.out_form
+        o.write(form, o.plus(address, o.times(own, form.itemsize)), values, o.below(own, edge))
+
     def _store_lanes(self, o: Any, address: Any, edge: Any, values: Values) -> None:
         """One result for each lane."""
         form = self.job.out_form
@@ -322,16 +343,17 @@ def _position(job: Job) -> Callable[..., Any]:
 
 
 def in_registers(f: Functions) -> Callable[..., Any]:
-    """The results of a lane from the numbers of it that a thread holds."""
+    """The results of lanes from the numbers of them that a thread holds, and its own lane."""
     sums, careful_sums, anywhere, logarithms = f.sums, f.careful_sums, f.anywhere, f.logarithms
+    softmax = f.softmax
     if f.job.op == SOFTMAX:
-        return f.softmax
+        return device_function(lambda values, own: softmax(values))
 
     @device_function
-    def results(values: Any) -> Any:
-        known = sums(values)
+    def results(values: Any, own: int) -> Any:
+        known = sums(values, own)
         if anywhere(known)[0] > 0:
-            known = careful_sums(values, known)
+            known = careful_sums(values, known, own)
         return logarithms(values, known)
 
     return results
@@ -339,7 +361,8 @@ def in_registers(f: Functions) -> Callable[..., Any]:
 
 def _whole(job: Job) -> Callable[..., None]:
     f, position = Functions(job), _position(job)
-    load, store, store_lanes = f.load, f.store, f.store_lanes
+    load, store, store_lanes, store_own = f.load, f.store, f.store_lanes, f.store_own
+    one_each, lanes = f.one_each, job.lanes
     cluster_arrive, cluster_wait = f.cluster_arrive, f.cluster_wait
     results_of = in_registers(f)
     along, width, advance, clusters = job.along, job.width, job.advance, job.group.blocks > 1
@@ -354,11 +377,13 @@ def _whole(job: Job) -> Callable[..., None]:
         limit = n if edge > 0 else 0
         address = x + index * x_outer + column * size + first * x_n
         values = load(address, advance * x_n, first, limit, edge)
-        results = results_of(values)
+        results = results_of(values, before & (lanes - 1) if one_each else 0)
         if clusters:
             cluster_arrive()
         address = out + index * out_outer + column * out_size
-        if reduces:
+        if one_each:
+            store_own(address, min(edge, lanes), before, results)
+        elif reduces:
             store_lanes(address, edge if before == 0 else 0, results)
         else:
             store(address + first * out_n, advance * out_n, first, limit, edge, results)

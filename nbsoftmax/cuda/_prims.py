@@ -309,6 +309,9 @@ class Device(_llvm.Arithmetic):
         found = b.select(b.icmp_signed("<", found, most), found, most)
         return b.trunc(b.select(b.icmp_signed(">", found, none), found, none), I32)
 
+    def chosen(self, condition: ir.Value, a: _llvm.Vector, b: _llvm.Vector) -> _llvm.Vector:
+        return self.where(_llvm.Vector(self, condition), a, b)
+
     def above(self, a: ir.Value, b: int) -> ir.Value:
         return self.b.icmp_signed(">", a, ir.Constant(a.type, b))
 
@@ -536,6 +539,9 @@ class Simulated(_plain.Operations):
 
     def count(self, end: int, start: int, most: int) -> int:
         return max(0, min(end - start, most))
+
+    def chosen(self, condition: bool, a: Value, b: Value) -> Value:
+        return a if condition else b
 
     def above(self, a: int, b: int) -> bool:
         return a > b
