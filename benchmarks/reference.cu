@@ -163,25 +163,25 @@ template <class R> BOTH Two<R> two_sum(R a, R b) {
 }
 
 template <class R> BOTH void add(Two<R>& sum, R term) {
-    if constexpr (!Constants<R>::precise) {
-        sum.high += term;
-        return;
-    }
     Two<R> t = two_sum(sum.high, term);
     sum = {t.high, sum.low + t.low};
 }
 
 template <class R> BOTH void add_to_more(Two<R>& sum, R term) {
     R total = sum.high + term;
-    if constexpr (!Constants<R>::precise) {
-        sum.high = total;
-        return;
-    }
     sum = {total, sum.low + (term - (total - sum.high))};
 }
 
+template <bool to_more, class R> BOTH void add_one(Two<R>& sum, R term) {
+    if constexpr (!Constants<R>::precise)
+        sum.high += term;
+    else if constexpr (to_more)
+        add_to_more(sum, term);
+    else
+        add(sum, term);
+}
+
 template <class R> BOTH Two<R> merge(Two<R> a, Two<R> b) {
-    if constexpr (!Constants<R>::precise) return {a.high + b.high, a.low + b.low};
     Two<R> t = two_sum(a.high, b.high);
     return {t.high, (a.low + b.low) + t.low};
 }
@@ -491,7 +491,7 @@ BOTH Two<R> sum_terms(R (&values)[N], R m, const Scale<R>& by) {
     Two<R> sum = {start, 0};
     UNROLLED (R& x : values) {
         R term = by.exp(shifts ? by.shifted(x, m) : x);
-        add_to_more(sum, term);
+        add_one<true>(sum, term);
         if (keep) x = term;
     }
     return {sum.high - start, sum.low};
@@ -501,13 +501,16 @@ BOTH Two<R> sum_terms(R (&values)[N], R m, const Scale<R>& by) {
 template <bool shifts, class R, int N>
 BOTH void push_terms(const R (&values)[N], R m, R& count, Two<R>& sum) {
     Scale<R> by(m);
+    Two<R> before = sum;
+    if (!Constants<R>::precise) sum = {0, 0};  // plain sums are of these numbers alone
     UNROLLED (R x : values) {
         bool equal = x == m;
         Two<R> term = by.exp_two_parts(shifts ? by.shifted(x, m) : x, sum.low);
         if (!equal) sum.low = term.low;
-        add(sum, equal ? 0 : term.high);
+        add_one<false>(sum, equal ? (R)0 : term.high);
         count += equal ? 1 : 0;
     }
+    if (!Constants<R>::precise) sum = merge(before, sum);
 }
 
 template <class R, int N>

@@ -1039,7 +1039,7 @@ class Sum(Terms):
         term = _scalars.exp(o, self.less_shift(self.range, value, u), self.scales[u % k.sets])
         if self.keeps_terms:
             o.store(k.scratch_at(self.range.scratch, j, u), term)
-        sums = _scalars.add_to_more(o, s.get(), c.get(), term)
+        sums = _scalars.add_one(o, s.get(), c.get(), term, to_more=True)
         for variable, value in zip((s, c), sums, strict=True):
             variable.set(value)
 
@@ -1059,7 +1059,7 @@ class Sum(Terms):
         if not self.k.of_rows:
             for part, before in zip(self.rounding, self.before, strict=True):
                 part.set(part.get() + before.get())
-        self.k.joined(self.s, self.c, join=lambda a, b: _scalars.merge(self.o, *a, *b))
+        self.k.joined(self.s, self.c, join=lambda a, b: _scalars.merge(*a, *b))
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
         raise NotImplementedError
@@ -1129,7 +1129,7 @@ class SumOfOthers(Sum):
             term, low = _scalars.exp(o, x, by, skip, weight), c.get()
         else:
             term, low = _scalars.exp_two_parts(o, x, by, c.get(), skip, weight)
-        for variable, value in zip((s, c), _scalars.add(o, s.get(), low, term), strict=True):
+        for variable, value in zip((s, c), _scalars.add_one(o, s.get(), low, term), strict=True):
             variable.set(value)
 
     def take(self) -> None:
@@ -1563,8 +1563,8 @@ class Merge(SumForPairs):
             count.set(count.get() + o.where(largest, one, zero))
             by = _scalars.scale(o, m.get())
             term = o.where(largest, zero, _scalars.exp(o, part_m - by.shift, by))
-            s2, c2 = _scalars.merge(o, term, zero, *_scalars.rescaled(o, part_m, m.get(), s2, c2))
-            s2, c2 = _scalars.merge(o, s.get(), c.get(), s2, c2)
+            s2, c2 = _scalars.merge(term, zero, *_scalars.rescaled(o, part_m, m.get(), s2, c2))
+            s2, c2 = _scalars.merge(s.get(), c.get(), s2, c2)
             s.set(s2)
             c.set(c2)
 

@@ -69,13 +69,13 @@ def operations(real: Real) -> Operations:
     return Operations(real)
 
 
-def sum_pairs(o: Operations, s: Array, c: Array) -> tuple[Array, Array]:
+def sum_pairs(s: Array, c: Array) -> tuple[Array, Array]:
     """Merge all pairs of one scale along axis 1, as a tree."""
     while s.shape[1] > 1:
         half = s.shape[1] // 2
         odd = s[:, 2 * half :], c[:, 2 * half :]
         s, c = _scalars.merge(
-            o, s[:, :half], c[:, :half], s[:, half : 2 * half], c[:, half : 2 * half]
+            s[:, :half], c[:, :half], s[:, half : 2 * half], c[:, half : 2 * half]
         )
         if odd[0].shape[1]:
             s, c = np.concatenate([s, odd[0]], 1), np.concatenate([c, odd[1]], 1)
@@ -93,7 +93,7 @@ def pairs(o: Operations, x: Array, weights: Array | None = None) -> tuple[Array,
     largest = x == m[:, None]
     near = _scalars.shifted(o, x, m[:, None], by)
     terms = _scalars.exp_two_parts(o, near, by, o.const(0.0), largest, one)
-    s, c = sum_pairs(o, *terms)
+    s, c = sum_pairs(*terms)
     count = (largest * one).sum(axis=1)
     join = _scalars.with_equals if weights is None else _scalars.with_largest
     return m, *join(o, m, count, s, c)

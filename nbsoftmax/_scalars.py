@@ -255,12 +255,25 @@ def two_sum(a: Value, b: Value) -> tuple[Value, Value]:
     return t, (a - (t - other)) + (b - other)
 
 
-def add(o: Operations, s: Value, c: Value, term: Value) -> tuple[Value, Value]:
+def add(s: Value, c: Value, term: Value) -> tuple[Value, Value]:
     """Push one term to the sum ``s + c``."""
-    if not o.real.precise:
-        return s + term, c
     s, rest = two_sum(s, term)
     return s, c + rest
+
+
+def add_to_more(s: Value, c: Value, term: Value) -> tuple[Value, Value]:
+    """`add` at half the price, for ``s >= term >= 0`` (Dekker)."""
+    total = s + term
+    return total, c + (term - (total - s))
+
+
+def add_one(
+    o: Operations, s: Value, c: Value, term: Value, to_more: bool = False
+) -> tuple[Value, Value]:
+    """Push one of an element's terms: plainly, if they are not precise."""
+    if not o.real.precise:
+        return s + term, c
+    return add_to_more(s, c, term) if to_more else add(s, c, term)
 
 
 def more_than_terms(o: Operations) -> Value:
@@ -268,18 +281,8 @@ def more_than_terms(o: Operations) -> Value:
     return o.const(2.0 ** (o.real.bias + 1) if o.real.precise else 0.0)
 
 
-def add_to_more(o: Operations, s: Value, c: Value, term: Value) -> tuple[Value, Value]:
-    """`add` at half the price, for ``s >= term >= 0`` (Dekker)."""
-    total = s + term
-    if not o.real.precise:
-        return total, c
-    return total, c + (term - (total - s))
-
-
-def merge(o: Operations, s: Value, c: Value, s2: Value, c2: Value) -> tuple[Value, Value]:
+def merge(s: Value, c: Value, s2: Value, c2: Value) -> tuple[Value, Value]:
     """Join two sums of the same scale; the bits do not depend on which comes first."""
-    if not o.real.precise:
-        return s + s2, c + c2
     s, rest = two_sum(s, s2)
     return s, (c + c2) + rest
 
@@ -326,7 +329,7 @@ def with_largest(o: Operations, m: Value, times: Value, s: Value, c: Value) -> t
     term, low = largest(o, m)
     product = times * term
     rest = o.fma(times, term, o.const(0.0) - product)
-    total, c = add(o, product, o.fma(times, low, c + rest), s)
+    total, c = add(product, o.fma(times, low, c + rest), s)
     infinite = _without_terms(o, m, s)
     zero = o.const(0.0)
     return o.where(infinite, zero, total), o.where(infinite, zero, c)
@@ -376,7 +379,7 @@ def rounded_terms(o: Operations, m: Value) -> Value:
 
 def whole(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
     """The sum of all terms from that of all but one largest."""
-    return add(o, largest(o, m)[0], c, s)
+    return add(largest(o, m)[0], c, s)
 
 
 def reciprocal(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:

@@ -409,3 +409,20 @@ def test_one_process_compiles_for_several_architectures():
         [sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment
     )
     assert done.stdout.split() == ["True"] * 3, done.stderr
+
+
+def test_a_thread_loses_nothing_of_a_long_lane_of_16_bits():
+    """Its plain sums are of a tile: of all, each addition would round the same way."""
+    from nbsoftmax import _scalars
+    from nbsoftmax.cuda import _lanes, _prims
+
+    o = _prims._simulated(_scalars.HALF)
+    x = np.float32(-0.3564453125)
+    pair = _lanes.grown(o, _lanes.empty(o, 4), [np.float32(0.0)])
+    tiles, each = 1500, 32
+    for _ in range(tiles):
+        pair = _lanes.grown(o, pair, [x] * each)
+    m, count, s, c = (float(v) for v in pair)
+    exact = tiles * each * np.exp(np.float64(x))
+    assert (m, count) == (0.0, 1.0)
+    assert abs((s + c) / 2.0**_scalars.HALF.bias / exact - 1) < 2.0**-16

@@ -48,7 +48,7 @@ def total(o: Any, values: Values, m: Any, keep: bool) -> Values:
         terms = []
         for x in values:
             terms.append(_scalars.exp(o, shift(x), by))
-            s, c = _scalars.add_to_more(o, s, c, terms[-1])
+            s, c = _scalars.add_one(o, s, c, terms[-1], to_more=True)
         return [s - start, c, *(terms if keep else ())]
 
     return list(_scalars.with_shift(o, m, by, added))
@@ -69,7 +69,7 @@ def _each_added(o: Any, p: Values, q: Values) -> Values:
 def _merged_totals(o: Any, p: Values, q: Values) -> Values:
     joined: Values = []
     for i in range(0, len(p), 2):
-        joined += _scalars.merge(o, p[i], p[i + 1], q[i], q[i + 1])
+        joined += _scalars.merge(p[i], p[i + 1], q[i], q[i + 1])
     return joined
 
 
@@ -93,14 +93,19 @@ def push(o: Any, pair: Values, values: Values, m: Any, weights: Values | None = 
 
     def pushed(shift: Shift) -> Values:
         _, count, s, c, *decides = pair
+        before = s, c
+        if not o.real.precise:  # plain sums are of these numbers alone
+            s = c = zero
         for i, x in enumerate(values):
             weight = one if weights is None else weights[i]
             equal = x == m
             term, c = _scalars.exp_two_parts(o, shift(x), by, c, equal, weights and weight)
-            s, c = _scalars.add(o, s, c, term)
+            s, c = _scalars.add_one(o, s, c, term)
             count = count + o.where(equal, weight, zero)
             if weights is not None:
                 decides = [decides[0] + _decisive(o, x, weight)]
+        if not o.real.precise:
+            s, c = _scalars.merge(*before, s, c)
         return [count, s, c, *decides]
 
     return [m, *_scalars.with_shift(o, m, by, pushed)]
@@ -128,7 +133,7 @@ def raised(o: Any, pair: Values, whole: Any) -> Values:
     product = count * term
     rest = o.fma(count, term, o.const(0.0) - product)
     s2, c2 = _scalars.rescaled(o, m, whole, s, c)
-    sum_, low = _scalars.add(o, product, rest + c2, s2)
+    sum_, low = _scalars.add(product, rest + c2, s2)
     zero = o.const(0.0)
     return [
         whole,
@@ -161,7 +166,7 @@ def add_sums(o: Any, parts: int, p: Values, q: Values) -> Values:
     """`add_pairs` without the maxima."""
     joined: Values = []
     for one, other in zip(each_pair(p, parts), each_pair(q, parts), strict=True):
-        s, c = _scalars.merge(o, one[1], one[2], other[1], other[2])
+        s, c = _scalars.merge(one[1], one[2], other[1], other[2])
         decides = [a + b for a, b in zip(one[3:], other[3:], strict=True)]
         joined += [one[0] + other[0], s, c, *decides]
     return joined
