@@ -1,5 +1,7 @@
 """The same input gives the same bits: for any number of threads, any address, in every run."""
 
+import itertools
+
 import numba
 import numpy as np
 import pytest
@@ -159,8 +161,10 @@ LEAVE_IN_LINES = [
 ]
 
 
-@pytest.mark.parametrize("offset", [0, 8, 16, 40, 56])
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "offset"),
+    [("float16", 0), ("float16", 40), *itertools.product(cases.FLOATS, [0, 8, 16, 40, 56])],
+)
 @pytest.mark.parametrize("shape", LEAVE_IN_LINES, ids=str)
 def test_shared_lines_are_filled_and_nothing_else(shape, dtype, offset, backend):
     """What leaves in whole cache lines: the first and last line are partly someone else's."""
