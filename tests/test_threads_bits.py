@@ -163,7 +163,7 @@ LEAVE_IN_LINES = [
 
 @pytest.mark.parametrize(
     ("dtype", "offset"),
-    [("float16", 0), ("float16", 40), *itertools.product(cases.FLOATS, [0, 8, 16, 40, 56])],
+    [("float16", 40), *itertools.product(cases.FLOATS, [0, 8, 40])],
 )
 @pytest.mark.parametrize("shape", LEAVE_IN_LINES, ids=str)
 def test_shared_lines_are_filled_and_nothing_else(shape, dtype, offset, backend):
