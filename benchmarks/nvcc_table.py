@@ -89,18 +89,8 @@ def constants(folder: str) -> str:
         for name in ("mantissa", "one_exponent", "bias", "clamp"):
             lines.append(f"    static constexpr int {name} = {getattr(real, name)};")
         lines.append(f"    static constexpr bool precise = {str(real.precise).lower()};")
-        start = literal(2.0 ** (real.bias + 1) if real.precise else 0.0)
-        lines.append(f"    static constexpr {kind} start = {start};")
-        for name in (
-            "origin",
-            "round",
-            "exact",
-            "log2e",
-            "ln2_hi",
-            "ln2_lo",
-            "ln2_short",
-            "ln2_rest",
-        ):
+        logs = ("log2e", "ln2_hi", "ln2_lo", "ln2_short", "ln2_rest")
+        for name in ("start", "origin", "round", "exact", *logs):
             value = literal(getattr(real, name))
             lines.append(f"    static constexpr {kind} {name} = {value};")
         lines.append(f"    static constexpr {kind} unit = {literal(2.0**-real.mantissa)};")

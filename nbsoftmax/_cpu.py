@@ -188,15 +188,13 @@ def _reads(dtype: np.dtype[Any]) -> bool:
     return dtype.name != "float16" or kernels.HALF_IN_HARDWARE
 
 
-def _wraps(
-    fold: _semantics.Fold, plan: _plan.Plan, x_size: int, size: int, out_at: int, width: int
-) -> bool:
-    """Whether the last panel across is to end in the next row: whole vectors without parts."""
-    n, inner, by_n = fold.n, fold.inner, fold.by_n
-    follow = (by_n.x, by_n.out) == (inner * x_size, inner * size) and by_n.run == n
-    fits = follow and inner % (plan.panel * width) == 0 and out_at % size == 0
+def _wraps(plan: _plan.Plan, n: int, inner: int, width: int) -> bool:
+    """Whether the last panel across, of rows without gaps, is to end in the next row.
+
+    So all vectors are whole, and none is in parts.
+    """
     enough = n * (inner // width) >= _plan.LIMITS.wrapped_vectors
-    return fits and enough and plan.past_cache and plan.blocks(n) == 1
+    return enough and inner % (plan.panel * width) == 0 and plan.blocks(n) == 1
 
 
 def _past_cache(
@@ -277,7 +275,8 @@ def _launch(
     alike = all(step % (width * size) == 0 for step in steps)
     many = inner > _plan.LIMITS.unshifted_panels * plan.panel * width
     shifting = across and alike and not (plan.past_cache and out_at == 0)
-    wraps = shifting and _wraps(fold, plan, dtype.itemsize, size, out_at, width)
+    wraps = shifting and plan.past_cache and dense and out_at % size == 0
+    wraps = wraps and _wraps(plan, n, inner, width)
     shifted = shifting and many and not wraps
     of_rows = plan.walk in kernels.OF_ROWS
     stores = kernels.IN_CACHE

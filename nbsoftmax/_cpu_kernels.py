@@ -910,8 +910,6 @@ class Maximum(Stage):
     def turned(self) -> None:
         """Rows of x to the columns of the tile."""
         k, b, o, item = self.k, self.k.b, self.o, self.current
-        last = b.sub(item.columns, k.int(1))
-        lines = [k.line_at("x", item, k.smaller(k.int(i), last)) for i in range(o.width)]
         with o.loop(k.int(0), b.mul(k.x_outer, k.int(o.width)), CACHE_LINE_BYTES) as at:
             o.prefetch(b.add(self.ahead[0], at))
         if k.job.dealt:
@@ -923,6 +921,8 @@ class Maximum(Stage):
                 self.take(column, 0)
                 o.store(k.scratch_at(item.tile, k.int(j), 0), column)
             return
+        last = b.sub(item.columns, k.int(1))
+        lines = [k.line_at("x", item, k.smaller(k.int(i), last)) for i in range(o.width)]
         for q, side in k.squares(item.length):
             offset, left = b.mul(q, k.int(k.source.itemsize)), b.sub(item.length, q)
             places = [b.add(line, offset) for line in lines]
@@ -1005,7 +1005,7 @@ class Sum(Terms):
         self.before = kernel.variables(kernel.sets)  # of the segments that are over
         # What a segment of the lane leaves to be set aside, before its own roundings add up.
         self.rounding = self.c if self.o.real.precise else self.s
-        self.start = _scalars.more_than_terms(self.o)
+        self.start = self.o.const(self.o.real.start)
 
     def enter(self, item: Item) -> None:
         super().enter(item)

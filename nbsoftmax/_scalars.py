@@ -62,6 +62,11 @@ class Real:
         """What the exponent of the largest term, with its bias, is added to."""
         return self.bias + (self.round + self.one_exponent if self.precise else 0.0)
 
+    @property
+    def start(self) -> float:
+        """What a sum begins with: more than any term, if keeping what rounds off wants that."""
+        return 2.0 ** (self.bias + 1) if self.precise else 0.0
+
 
 # The polynomials of exp are minimax for the relative error, with 1 + r kept exact:
 # 0.05 / 2^24 at degree 6 for float32, 0.03 / 2^53 at degree 11 for float64.
@@ -274,11 +279,6 @@ def add_one(
     if not o.real.precise:
         return s + term, c
     return add_to_more(s, c, term) if to_more else add(s, c, term)
-
-
-def more_than_terms(o: Operations) -> Value:
-    """What a sum is to begin with, if it has to be larger than each of its terms."""
-    return o.const(2.0 ** (o.real.bias + 1) if o.real.precise else 0.0)
 
 
 def merge(s: Value, c: Value, s2: Value, c2: Value) -> tuple[Value, Value]:

@@ -41,7 +41,7 @@ def terms(o: Any, values: Values, m: Any) -> Values:
 
 def total(o: Any, values: Values, m: Any, keep: bool) -> Values:
     """The sum of the terms in two parts, and the terms if they are to be kept."""
-    by, start = _scalars.scale(o, m), _scalars.more_than_terms(o)
+    by, start = _scalars.scale(o, m), o.const(o.real.start)
 
     def added(shift: Shift) -> Values:
         s, c = start, o.const(0.0)
