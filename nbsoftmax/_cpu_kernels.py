@@ -45,14 +45,17 @@ PAGE_BYTES = 4096
 COMPILES = not config.DISABLE_JIT
 
 
-def _half_in_hardware() -> bool:
-    """Whether the processor converts float16; without it LLVM would call a missing library."""
+def _in_hardware(feature: str, machines: tuple[str, ...] = ()) -> bool:
+    """Whether the processor has it, as far as is known; some machines always do."""
     if config.CPU_NAME is not None or config.CPU_FEATURES is not None:
         return False  # the user names another processor
-    return get_host_cpu_features().get("f16c", platform.machine() in ("aarch64", "arm64"))
+    return get_host_cpu_features().get(feature, platform.machine() in machines)
 
 
-HALF_IN_HARDWARE = _half_in_hardware()
+# Whether it converts float16; without it LLVM would call a missing library.
+HALF_IN_HARDWARE = _in_hardware("f16c", ("aarch64", "arm64"))
+# Whether it picks the elements of one vector by another, and so looks up roots of two.
+ROOTS_IN_HARDWARE = _in_hardware("avx512f")
 
 # Pairs of blocks; those that log_softmax wants are good for all.
 PAIRS, PAIRS_SOFTMAX, PAIRS_LOGSUMEXP = "pairs", "pairs_softmax", "pairs_logsumexp"
@@ -236,10 +239,12 @@ class Kernel:
         self.result: Format = FORMATS[job.result]
         if job.weighted:
             real = _scalars.WEIGHTED[real.name]
-        self.o = Emitter(builder, real)
-        self.b = builder
+        elif real.precise and ROOTS_IN_HARDWARE:
+            real = _scalars.ROOTED[real.name]
         self.beside = job.walk == "beside"
         self.along = job.walk == "along" or self.beside  # vectors of elements of one lane
+        self.o = Emitter(builder, real, of_one_lane=self.along and job.lanes == 1)
+        self.b = builder
         self.short = job.walk == "short"
         self.of_rows, self.group = job.of_rows, job.group
         self.lane_in_runs = job.runs and not self.of_rows
@@ -943,14 +948,16 @@ class Maximum(Stage):
 class Terms(Stage):
     """A stage that computes exp of x, whose maximum is known."""
 
+    for_softmax = False  # whether the terms become results
+
     def scale(self, m: list[Variable]) -> None:
         """Fix the scales. Items of huge numbers, rare, are copied less their shift, and read so."""
         k, b, o = self.k, self.k.b, self.o
         maxima = [one.get() for one in m]
-        scales = [_scalars.scale(o, one) for one in maxima]
+        scales = [self.scale_of(one) for one in maxima]
         shifts = [abs(by.shift) > o.const(0.0) for by in scales]
         self.maxima = k.own(maxima)
-        fields = [vars(by).values() for by in scales]
+        fields = [[part for part in vars(by).values() if part is not None] for by in scales]
         fields = [k.own(list(states)) for states in zip(*fields, strict=True)]
         self.scales = [_scalars.Scale(*own) for own in zip(*fields, strict=True)]
         # What equals it is a largest element.
@@ -978,6 +985,10 @@ class Terms(Stage):
             native=True,
             shifted=True,
         )
+
+    def scale_of(self, m: Vector) -> _scalars.Scale:
+        by = _scalars.scale(self.o, m)
+        return _scalars.with_exact_largest(self.o, m, by) if self.for_softmax else by
 
     def shifted(self, x: Vector, u: int) -> Vector:
         u %= self.k.sets
@@ -1069,6 +1080,7 @@ class SumForSoftmax(Sum):
     """Leaves the terms in scratch and turns s, c into the two parts of the reciprocal."""
 
     keeps_terms = True
+    for_softmax = True
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
@@ -1488,12 +1500,15 @@ class Apply(Output):
 class ApplySoftmax(Apply, Terms):
     """softmax in a second reading of x."""
 
+    for_softmax = True
+
     def parameters(self) -> None:
         super().parameters()
         self.scale(self.m)
 
     def finish(self, m: Variable, s: Variable, c: Variable) -> None:
-        total = _scalars.whole(self.o, m.get(), s.get(), c.get())
+        unit = self.scale_of(m.get()).unit
+        total = _scalars.whole(self.o, m.get(), s.get(), c.get(), unit)
         high, low = _scalars.reciprocal(self.o, m.get(), *total)
         s.set(high)
         c.set(low)

@@ -37,8 +37,11 @@ class Variable:
 class Emitter(Arithmetic):
     """What kernels ask of a machine."""
 
-    def __init__(self, builder: ir.IRBuilder, real: _scalars.Real) -> None:
+    def __init__(
+        self, builder: ir.IRBuilder, real: _scalars.Real, of_one_lane: bool = False
+    ) -> None:
         super().__init__(builder, real, VECTOR_BYTES // real.itemsize)
+        self.of_one_lane = of_one_lane  # whether what is known of a lane is in all elements alike
 
     def spread(self, count: ir.Value) -> Vector:
         """A number counted at run time, in every element."""
@@ -54,6 +57,40 @@ class Emitter(Arithmetic):
         """Whether a mask holds anywhere."""
         bits = ir.IntType(self.width)
         return self.b.icmp_unsigned("!=", self.b.bitcast(mask.value, bits), ir.Constant(bits, 0))
+
+    def root_of_two(self, t: Vector, unit: Vector | None = None) -> tuple[Vector, Vector]:
+        """2^k for a sum whose low bits are k, in steps of a root, plus the exponent bias.
+
+        And what its rounding took, relative, plus ``unit``. The roots stand in two vectors, an
+        element each: AVX-512 picks.
+        """
+        assert self.real.roots == self.width
+        shift = self.real.exponent_shift
+        mantissas, rests = zip(*_scalars.roots_of_two(self.real), strict=True)
+        index = self.b.bitcast(t.value, self.integer_type)
+        # Shifted, the number of the root is in the mantissa.
+        offsets = [bits - (j << shift) for j, bits in enumerate(mantissas)]
+        bits = self.b.add(
+            self.b.shl(index, self.integers(shift)),
+            self._picked_by(index, ir.Constant(self.integer_type, offsets), "i"),
+        )
+        table = Vector(self, ir.Constant(self.type, rests))
+        if unit is not None and self.of_one_lane:
+            table = table + unit  # once for all vectors of the lane
+        rest = Vector(self, self._picked_by(index, table.value, "f"))
+        if unit is not None and not self.of_one_lane:
+            rest = rest + unit
+        return Vector(self, self.b.bitcast(bits, self.type)), rest
+
+    def _picked_by(self, index: ir.Value, table: ir.Value, kind: str) -> ir.Value:
+        letter = {4: "s", 8: "d"}[self.real.itemsize]
+        letters = f"{letter}{kind}"
+        function = cgutils.get_or_insert_function(
+            self.b.module,
+            ir.FunctionType(table.type, [table.type, self.integer_type]),
+            f"llvm.x86.avx512.permvar.{letters}.512",
+        )
+        return self.b.call(function, [table, index])
 
     # -- across the elements of one vector ------------------------------------------------------
 

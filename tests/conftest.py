@@ -16,7 +16,7 @@ from nbsoftmax import _cores, _direct
 from . import cases, cuda_arrays
 
 # In the simulator a call takes a tenth of a second, and an element 30 us.
-SIMULATED_SHARE = 1000
+SIMULATED_SHARE = 2000
 SIMULATED_ELEMENTS = 2500
 SHORT_ELEMENTS = 20_000  # no more than machine code finds calls of
 

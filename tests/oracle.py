@@ -233,15 +233,16 @@ def assert_close(op, got, expected, scale=None, budget=None):
 def _rounded_well(got, expected, budget):
     """Where `got` is so close to the exact answer, correctly rounded, that nobody need measure.
 
-    Half an ulp off if it is that; at most 2.5 if it is a neighbour, which at a power of two may be
-    twice as far away as an ulp.
+    Half an ulp off if it is that; at most 1.5 if it is a neighbour of it. (But one of a power of
+    two may be twice as far away as an ulp.)
     """
     with np.errstate(all="ignore"):
         rounded = expected.astype(got.dtype)
         well = (got == rounded) | (np.isnan(got) & np.isnan(rounded))
-        if np.min(budget) >= 2.5 and got.dtype.itemsize > 2:
+        if np.min(budget) >= 1.5 and got.dtype.itemsize > 2:
+            an_ulp_apart = np.isfinite(rounded) & (np.abs(np.frexp(rounded)[0]) != 0.5)
             for end in (-np.inf, np.inf):
-                well |= np.isfinite(rounded) & (got == np.nextafter(rounded, end, dtype=got.dtype))
+                well |= an_ulp_apart & (got == np.nextafter(rounded, end, dtype=got.dtype))
     return well
 
 
