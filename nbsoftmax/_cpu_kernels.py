@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -275,6 +276,15 @@ class Kernel:
         # whose elements are the rows.
         self.sets = job.panel if self.beside or shifting or not self.along else 1
         self.states = job.panel if shifting or not self.along else 1
+        # Away from 0 a logsumexp shows neither what rounds off a root of two, nor what rounds off
+        # the sum of a few terms, of a panel or of some positions: to keep that takes three
+        # additions more. (Near 0 the lane is summed again.)
+        may_round = real.precise and not job.careful and not job.weighted
+        self.rounds = job.op in (LOGSUMEXP, PAIRS_LOGSUMEXP) and may_round
+        self.unroll = {"across": 4, "along": 1}.get(job.walk, 2) if self.rounds else 1
+        of_panel = job.panel // self.sets if self.along else 1
+        self.joined_terms = self.unroll * of_panel if self.rounds else 1
+        self.at_hand = 1  # how many of them there are in the step that is being written
 
     def int(self, value: int) -> ir.Constant:
         return ir.Constant(I64, value)
@@ -593,7 +603,8 @@ class Kernel:
         if self.job.wraps:
             for stage in reversed(stages):
                 self.steps([stage], stage.range.begin, self.int(0), stages[0], masked=True)
-        self.steps(stages, self.int(0), common)
+        for start, end, unroll in self.unrolled(common, self.stride):
+            self.steps(stages, start, end, unroll=unroll)
         for stage in reversed(stages):
             left = common
             # Where a chunk begins, items have no neighbours.
@@ -604,6 +615,15 @@ class Kernel:
         for stage in reversed(stages):
             stage.leave()
 
+    def unrolled(self, end: ir.Value, stride: int = 1) -> Iterator[tuple[ir.Value, ir.Value, int]]:
+        """The parts of a walk, and how many steps each takes at a time: in the last, one."""
+        start = self.int(0)
+        if self.unroll > 1:
+            whole = self.b.and_(end, self.int(-self.unroll * stride))
+            yield start, whole, self.unroll
+            start = whole
+        yield start, end, 1
+
     def steps(
         self,
         stages: "list[Stage]",
@@ -611,8 +631,9 @@ class Kernel:
         end: ir.Value,
         first: "Stage | None" = None,
         masked: bool = False,
+        unroll: int = 1,
     ) -> None:
-        """The steps of some stages together.
+        """The steps of some stages together, so many at a time.
 
         ``first`` is the first of all stages, which prefetches. Along, what needs a mask is taken by
         single vectors.
@@ -626,17 +647,19 @@ class Kernel:
         groups = [turns] if together else [[turn] for turn in turns]
         mask_of = self.mask_of if masked else self.run_mask
         sums = [stage for stage in stages if isinstance(stage, Sum)]
-        with self.o.loop(start, end, step) as j:
-            if first in (None, stages[0]):
-                stages[0].prefetch(j, vectors)
-            if first is None:
-                stages[-1].prefetch_out(j)
-            for group in groups:
-                masks = [mask_of(stage, j, u) for stage, u in group]
-                masked_turns = list(zip(group, masks, strict=True))
-                values = [stage.read(j, u, mask) for (stage, u), mask in masked_turns]
-                for ((stage, u), mask), value in zip(masked_turns, values, strict=True):
-                    stage.step(j, u, mask, value)
+        self.at_hand = unroll * -(-vectors // self.sets)
+        with self.o.loop(start, end, unroll * step) as j:
+            for j in [self.b.add(j, self.int(i * step)) for i in range(unroll)]:
+                if first in (None, stages[0]):
+                    stages[0].prefetch(j, vectors)
+                if first is None:
+                    stages[-1].prefetch_out(j)
+                for group in groups:
+                    masks = [mask_of(stage, j, u) for stage, u in group]
+                    masked_turns = list(zip(group, masks, strict=True))
+                    values = [stage.read(j, u, mask) for (stage, u), mask in masked_turns]
+                    for ((stage, u), mask), value in zip(masked_turns, values, strict=True):
+                        stage.step(j, u, mask, value)
             self.pause(sums, self.b.add(j, self.int(step)))
 
     def pause(self, sums: "list[Sum]", behind: ir.Value) -> None:
@@ -873,8 +896,13 @@ class Stage:
 
     def turned(self) -> None:
         """The whole walk over a tile of short rows, one vector wide."""
-        with self.o.loop(self.k.int(0), self.range.end) as j:
-            self.step(j, 0, None, self.read(j, 0, None))
+        k = self.k
+        for start, end, unroll in k.unrolled(self.range.end):
+            k.at_hand = unroll
+            with self.o.loop(start, end, unroll) as j:
+                for i in range(unroll):
+                    at = k.b.add(j, k.int(i))
+                    self.step(at, 0, None, self.read(at, 0, None))
 
     def leave(self) -> None:
         pass
@@ -1011,12 +1039,13 @@ class Sum(Terms):
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
+        self.pending: list[list[Vector]] = [[] for _ in range(kernel.sets)]
         self.m = kernel.variables(kernel.states)
         self.s, self.c = (kernel.variables(kernel.sets) for _ in range(2))
         self.before = kernel.variables(kernel.sets)  # of the segments that are over
         # What a segment of the lane leaves to be set aside, before its own roundings add up.
         self.rounding = self.c if self.o.real.precise else self.s
-        self.start = self.o.const(self.o.real.start)
+        self.start = self.o.const(self.o.real.start * kernel.joined_terms)
 
     def enter(self, item: Item) -> None:
         super().enter(item)
@@ -1047,9 +1076,17 @@ class Sum(Terms):
     def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
         o, k = self.o, self.k
         s, c = self.s[u % k.sets], self.c[u % k.sets]
-        term = _scalars.exp(o, self.less_shift(self.range, value, u), self.scales[u % k.sets])
+        x = self.less_shift(self.range, value, u)
+        term = _scalars.exp(o, x, self.scales[u % k.sets], rounded=k.rounds)
         if self.keeps_terms:
             o.store(k.scratch_at(self.range.scratch, j, u), term)
+        terms = self.pending[u % k.sets]
+        terms.append(term)
+        if len(terms) < min(k.at_hand, k.joined_terms):
+            return
+        while len(terms) > 1:
+            terms[:] = [p + q for p, q in zip(terms[::2], terms[1::2], strict=True)]
+        term = terms.pop()
         sums = _scalars.add_one(o, s.get(), c.get(), term, to_more=True)
         for variable, value in zip((s, c), sums, strict=True):
             variable.set(value)
@@ -1168,7 +1205,7 @@ class SumOfOthers(Sum):
         """Take the largest term away, and mark the lanes where it may have hidden too much."""
         o = self.o
         with self.k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
-            rest = _scalars.without_one(o, m.get(), s.get(), c.get())
+            rest = _scalars.without_one(o, m.get(), s.get(), c.get(), self.k.rounds)
             s.set(rest[0])
             c.set(rest[1])
             least = self.least(m.get(), hidden)
@@ -1248,11 +1285,12 @@ class SumForPairsOfSoftmax(SumForPairs):
 
 
 class SumForPairsOfLogSumExp(SumForPairs):
-    """The same, for who wants more only beside maxima near 0."""
+    """The same, for who wants more only beside maxima near 0, unless the result is not."""
 
     def least(self, m: Vector, hidden: Vector) -> Vector:
-        o, strict = self.o, super().least(m, hidden)
-        return o.where(abs(m) < o.const(_scalars.NEAR_ZERO), strict, o.const(-1.0))
+        o = self.o
+        near = o.larger(o.const(math.expm1(2 * _scalars.NEAR_ZERO)), super().least(m, hidden))
+        return o.where(abs(m) < o.const(_scalars.NEAR_ZERO), near, o.const(-1.0))
 
 
 class SumForLogSumExp(SumForPairs):
@@ -1261,7 +1299,7 @@ class SumForLogSumExp(SumForPairs):
     def judge(self, hidden: Vector) -> None:
         o, k = self.o, self.k
         with k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
-            value = _scalars.logsumexp_of_all(o, m.get(), s.get(), c.get())
+            value = _scalars.logsumexp_of_all(o, m.get(), s.get(), c.get(), k.rounds)
             # NaN too: without a shift, a maximum of inf makes one.
             again.set(_scalars.is_near_zero(o, m.get(), value))
             s.set(value)

@@ -234,12 +234,12 @@ def roots_of_two(real: Real) -> list[tuple[int, float]]:
 
 
 def _reduced(
-    o: Operations, x: Value, by: Scale, weight: Value | None
+    o: Operations, x: Value, by: Scale, weight: Value | None = None, rounded: bool = False
 ) -> tuple[Value, Value, Value, Value | None]:
     """What a term is: ``a b + c``, with c about as large as it, and times the last if there is one.
 
     With ``x = k ln 2 + r``, k in steps of a root: ``e^r = 1 + q r``, and times 2^k with the lane's
-    bias.
+    bias. If ``rounded``, what the root's rounding took stays out of it.
     """
     real = o.real
     y = o.larger(by.floor, x)  # this order keeps a NaN in x
@@ -249,21 +249,26 @@ def _reduced(
     q = o.fma(horner(o, r, real.exp), r, o.const(1.0))
     if real.roots > 1:
         power, rest = o.root_of_two(t, by.unit)
-        return power, o.fma(q, r, rest), power, weight
+        return power, q * r if rounded else o.fma(q, r, rest), power, weight
     # A product and no addition to the exponent bits: those would turn some NaNs into numbers.
     power = o.power_of_two(t)
     return q, r, o.const(1.0), power if weight is None else power * weight
 
 
 def exp(
-    o: Operations, x: Value, by: Scale, skip: Value | None = None, weight: Value | None = None
+    o: Operations,
+    x: Value,
+    by: Scale,
+    skip: Value | None = None,
+    weight: Value | None = None,
+    rounded: bool = False,
 ) -> Value:
     """``2^(bias - top) e^x`` for a shifted ``x <= m`` or NaN; -inf gives as good as 0.
 
-    Within 0.6 ulp, with roots 0.53. 0 where ``skip`` holds.
+    Within 0.6 ulp, with roots 0.53, or 1 if those are as ``rounded``. 0 where ``skip`` holds.
     """
     if o.real.precise:
-        a, b, c, factor = _reduced(o, x, by, weight)
+        a, b, c, factor = _reduced(o, x, by, weight, rounded)
         term = o.fma(a, b, c)
     else:
         term, factor = o.exp2(o.fma(x, o.const(o.real.log2e), by.magic)), weight
@@ -287,12 +292,15 @@ def exp_two_parts(
     low: Value,
     skip: Value | None = None,
     weight: Value | None = None,
+    rounded: bool = False,
 ) -> tuple[Value, Value]:
-    """`exp`, bit for bit, and ``low`` plus what its last addition rounded away, if that counts."""
+    """`exp`, bit for bit, and ``low`` plus what its rounding took, if that counts."""
     if not o.real.precise:
         return exp(o, x, by, skip, weight), low
     a, b, c, factor = _reduced(o, x, by, weight)
     term = o.fma(a, b, c)
+    if rounded:
+        term = o.fma(*_reduced(o, x, by, weight, rounded)[:3])
     lost = o.fma(a, b, c - term)
     if factor is None:
         lower = lost + low
@@ -303,10 +311,10 @@ def exp_two_parts(
     return term, lower
 
 
-def largest(o: Operations, m: Value) -> tuple[Value, Value]:
+def largest(o: Operations, m: Value, rounded: bool = False) -> tuple[Value, Value]:
     """The largest term of a lane in two parts."""
     by = scale(o, m)
-    return exp_two_parts(o, by.near, by, o.const(0.0))
+    return exp_two_parts(o, by.near, by, o.const(0.0), rounded=rounded)
 
 
 def with_exact_largest(o: Operations, m: Value, by: Scale) -> Scale:
@@ -403,9 +411,11 @@ def with_largest(o: Operations, m: Value, times: Value, s: Value, c: Value) -> t
     return o.where(infinite, zero, total), o.where(infinite, zero, c)
 
 
-def without_one(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
+def without_one(
+    o: Operations, m: Value, s: Value, c: Value, rounded: bool = False
+) -> tuple[Value, Value]:
     """The pair's sum from that of all terms; 0 for an infinite m, unless the lane holds a NaN."""
-    term, _ = largest(o, m)
+    term, _ = largest(o, m, rounded)
     rest, lost = two_sum(s, o.const(0.0) - term)
     infinite = _without_terms(o, m, s)
     zero = o.const(0.0)
@@ -533,13 +543,14 @@ def logsumexp(o: Operations, m: Value, s: Value, c: Value) -> Value:
     return o.where(infinite, m, total + (rest + low))
 
 
-def logsumexp_of_all(o: Operations, m: Value, s: Value, c: Value) -> Value:
+def logsumexp_of_all(o: Operations, m: Value, s: Value, c: Value, rounded: bool = False) -> Value:
     """The lane's logsumexp from the sum of all its terms, the largest too.
 
     Half the work of `logsumexp`; but up to `NEAR_ZERO` the sum hides what its logarithm shows.
     """
     real, by = o.real, scale(o, m)
-    _, c = exp_two_parts(o, by.near, by, c)  # what was rounded off the largest term is not lost
+    # What was rounded off the largest term is not lost.
+    _, c = exp_two_parts(o, by.near, by, c, rounded=rounded)
     total = s + c
     low = c - (total - s)
     power, fraction = o.split_exponent(total)
