@@ -87,6 +87,10 @@ class Job:
     wraps: bool = False  # the last panel goes on at the beginning of the next row
     dealt: int = 0  # short: so many numbers in each row, without gaps between rows
     careful: bool = False  # largest terms are counted from the start, not where they must be
+    # logsumexp: its result shows neither what rounds off a root of two, nor what rounds off the sum
+    # of a few terms, of a panel or of some positions, which takes three additions less. (Near 0 the
+    # lane is summed again.)
+    rounds: bool = False
     weighted: bool = False
     runs: bool = False  # the walk's positions lie in runs; of groups of rows, the rows do
 
@@ -276,14 +280,9 @@ class Kernel:
         # whose elements are the rows.
         self.sets = job.panel if self.beside or shifting or not self.along else 1
         self.states = job.panel if shifting or not self.along else 1
-        # Away from 0 a logsumexp shows neither what rounds off a root of two, nor what rounds off
-        # the sum of a few terms, of a panel or of some positions: to keep that takes three
-        # additions more. (Near 0 the lane is summed again.)
-        may_round = real.precise and not job.careful and not job.weighted
-        self.rounds = job.op in (LOGSUMEXP, PAIRS_LOGSUMEXP) and may_round
-        self.unroll = {"across": 4, "along": 1}.get(job.walk, 2) if self.rounds else 1
+        self.unroll = {"across": 4, "along": 1}.get(job.walk, 2) if job.rounds else 1
         of_panel = job.panel // self.sets if self.along else 1
-        self.joined_terms = self.unroll * of_panel if self.rounds else 1
+        self.joined_terms = self.unroll * of_panel if job.rounds else 1  # and then added at once
         self.at_hand = 1  # how many of them there are in the step that is being written
 
     def int(self, value: int) -> ir.Constant:
@@ -1077,7 +1076,7 @@ class Sum(Terms):
         o, k = self.o, self.k
         s, c = self.s[u % k.sets], self.c[u % k.sets]
         x = self.less_shift(self.range, value, u)
-        term = _scalars.exp(o, x, self.scales[u % k.sets], rounded=k.rounds)
+        term = _scalars.exp(o, x, self.scales[u % k.sets], rounded=k.job.rounds)
         if self.keeps_terms:
             o.store(k.scratch_at(self.range.scratch, j, u), term)
         terms = self.pending[u % k.sets]
@@ -1205,7 +1204,7 @@ class SumOfOthers(Sum):
         """Take the largest term away, and mark the lanes where it may have hidden too much."""
         o = self.o
         with self.k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
-            rest = _scalars.without_one(o, m.get(), s.get(), c.get(), self.k.rounds)
+            rest = _scalars.without_one(o, m.get(), s.get(), c.get(), self.k.job.rounds)
             s.set(rest[0])
             c.set(rest[1])
             least = self.least(m.get(), hidden)
@@ -1299,7 +1298,7 @@ class SumForLogSumExp(SumForPairs):
     def judge(self, hidden: Vector) -> None:
         o, k = self.o, self.k
         with k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
-            value = _scalars.logsumexp_of_all(o, m.get(), s.get(), c.get(), k.rounds)
+            value = _scalars.logsumexp_of_all(o, m.get(), s.get(), c.get(), k.job.rounds)
             # NaN too: without a shift, a maximum of inf makes one.
             again.set(_scalars.is_near_zero(o, m.get(), value))
             s.set(value)

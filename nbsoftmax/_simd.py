@@ -72,23 +72,23 @@ class Emitter(Arithmetic):
         offsets = [bits - (j << shift) for j, bits in enumerate(mantissas)]
         bits = self.b.add(
             self.b.shl(index, self.integers(shift)),
-            self._picked_by(index, ir.Constant(self.integer_type, offsets), "i"),
+            self._looked_up(index, ir.Constant(self.integer_type, offsets), "i"),
         )
         table = Vector(self, ir.Constant(self.type, rests))
         if unit is not None and self.of_one_lane:
             table = table + unit  # once for all vectors of the lane
-        rest = Vector(self, self._picked_by(index, table.value, "f"))
+        rest = Vector(self, self._looked_up(index, table.value, "f"))
         if unit is not None and not self.of_one_lane:
             rest = rest + unit
         return Vector(self, self.b.bitcast(bits, self.type)), rest
 
-    def _picked_by(self, index: ir.Value, table: ir.Value, kind: str) -> ir.Value:
-        letter = {4: "s", 8: "d"}[self.real.itemsize]
-        letters = f"{letter}{kind}"
+    def _looked_up(self, index: ir.Value, table: ir.Value, kind: str) -> ir.Value:
+        """The elements of a table that the low bits of each index say."""
+        size = {4: "s", 8: "d"}[self.real.itemsize]
         function = cgutils.get_or_insert_function(
             self.b.module,
             ir.FunctionType(table.type, [table.type, self.integer_type]),
-            f"llvm.x86.avx512.permvar.{letters}.512",
+            f"llvm.x86.avx512.permvar.{size}{kind}.512",
         )
         return self.b.call(function, [table, index])
 
