@@ -307,8 +307,6 @@ def _launch(
     def walk(
         op: str, result: _formats.Format, steps: dict[str, int], stores: str = kernels.IN_CACHE
     ) -> Call:
-        of_logsumexp = op in (LOGSUMEXP, kernels.PAIRS_LOGSUMEXP)
-        enough = n // plan.lanes >= _plan.LIMITS.rounding_elements
         job = kernels.Job(
             op,
             source.name,
@@ -321,7 +319,6 @@ def _launch(
             wraps=wraps,
             dealt=n if plan.dealt and fold.whole(*sizes) else 0,
             careful=op == LOGSUMEXP and n <= _plan.LIMITS.careful_elements,
-            rounds=of_logsumexp and enough and real.precise,
             runs=jumps,
         )
         return _call(job, folded, plan.block, item_bytes, work_bytes, x_steps | steps)

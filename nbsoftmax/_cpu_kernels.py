@@ -22,7 +22,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,10 +86,6 @@ class Job:
     wraps: bool = False  # the last panel goes on at the beginning of the next row
     dealt: int = 0  # short: so many numbers in each row, without gaps between rows
     careful: bool = False  # largest terms are counted from the start, not where they must be
-    # logsumexp: its result shows neither what rounds off a root of two, nor what rounds off the sum
-    # of a few terms, of a panel or of some positions, which takes three additions less. (Near 0 the
-    # lane is summed again.)
-    rounds: bool = False
     weighted: bool = False
     runs: bool = False  # the walk's positions lie in runs; of groups of rows, the rows do
 
@@ -246,10 +241,10 @@ class Kernel:
             real = _scalars.WEIGHTED[real.name]
         elif real.precise and ROOTS_IN_HARDWARE:
             real = _scalars.ROOTED[real.name]
+        self.o = Emitter(builder, real)
+        self.b = builder
         self.beside = job.walk == "beside"
         self.along = job.walk == "along" or self.beside  # vectors of elements of one lane
-        self.o = Emitter(builder, real, of_one_lane=self.along and job.lanes == 1)
-        self.b = builder
         self.short = job.walk == "short"
         self.of_rows, self.group = job.of_rows, job.group
         self.lane_in_runs = job.runs and not self.of_rows
@@ -280,10 +275,6 @@ class Kernel:
         # whose elements are the rows.
         self.sets = job.panel if self.beside or shifting or not self.along else 1
         self.states = job.panel if shifting or not self.along else 1
-        self.unroll = {"across": 4, "along": 1}.get(job.walk, 2) if job.rounds else 1
-        of_panel = job.panel // self.sets if self.along else 1
-        self.joined_terms = self.unroll * of_panel if job.rounds else 1  # and then added at once
-        self.at_hand = 1  # how many of them there are in the step that is being written
 
     def int(self, value: int) -> ir.Constant:
         return ir.Constant(I64, value)
@@ -602,8 +593,7 @@ class Kernel:
         if self.job.wraps:
             for stage in reversed(stages):
                 self.steps([stage], stage.range.begin, self.int(0), stages[0], masked=True)
-        for start, end, unroll in self.unrolled(common, self.stride):
-            self.steps(stages, start, end, unroll=unroll)
+        self.steps(stages, self.int(0), common)
         for stage in reversed(stages):
             left = common
             # Where a chunk begins, items have no neighbours.
@@ -614,15 +604,6 @@ class Kernel:
         for stage in reversed(stages):
             stage.leave()
 
-    def unrolled(self, end: ir.Value, stride: int = 1) -> Iterator[tuple[ir.Value, ir.Value, int]]:
-        """The parts of a walk, and how many steps each takes at a time: in the last, one."""
-        start = self.int(0)
-        if self.unroll > 1:
-            whole = self.b.and_(end, self.int(-self.unroll * stride))
-            yield start, whole, self.unroll
-            start = whole
-        yield start, end, 1
-
     def steps(
         self,
         stages: "list[Stage]",
@@ -630,9 +611,8 @@ class Kernel:
         end: ir.Value,
         first: "Stage | None" = None,
         masked: bool = False,
-        unroll: int = 1,
     ) -> None:
-        """The steps of some stages together, so many at a time.
+        """The steps of some stages together.
 
         ``first`` is the first of all stages, which prefetches. Along, what needs a mask is taken by
         single vectors.
@@ -646,19 +626,17 @@ class Kernel:
         groups = [turns] if together else [[turn] for turn in turns]
         mask_of = self.mask_of if masked else self.run_mask
         sums = [stage for stage in stages if isinstance(stage, Sum)]
-        self.at_hand = unroll * -(-vectors // self.sets)
-        with self.o.loop(start, end, unroll * step) as j:
-            for j in [self.b.add(j, self.int(i * step)) for i in range(unroll)]:
-                if first in (None, stages[0]):
-                    stages[0].prefetch(j, vectors)
-                if first is None:
-                    stages[-1].prefetch_out(j)
-                for group in groups:
-                    masks = [mask_of(stage, j, u) for stage, u in group]
-                    masked_turns = list(zip(group, masks, strict=True))
-                    values = [stage.read(j, u, mask) for (stage, u), mask in masked_turns]
-                    for ((stage, u), mask), value in zip(masked_turns, values, strict=True):
-                        stage.step(j, u, mask, value)
+        with self.o.loop(start, end, step) as j:
+            if first in (None, stages[0]):
+                stages[0].prefetch(j, vectors)
+            if first is None:
+                stages[-1].prefetch_out(j)
+            for group in groups:
+                masks = [mask_of(stage, j, u) for stage, u in group]
+                masked_turns = list(zip(group, masks, strict=True))
+                values = [stage.read(j, u, mask) for (stage, u), mask in masked_turns]
+                for ((stage, u), mask), value in zip(masked_turns, values, strict=True):
+                    stage.step(j, u, mask, value)
             self.pause(sums, self.b.add(j, self.int(step)))
 
     def pause(self, sums: "list[Sum]", behind: ir.Value) -> None:
@@ -895,13 +873,8 @@ class Stage:
 
     def turned(self) -> None:
         """The whole walk over a tile of short rows, one vector wide."""
-        k = self.k
-        for start, end, unroll in k.unrolled(self.range.end):
-            k.at_hand = unroll
-            with self.o.loop(start, end, unroll) as j:
-                for i in range(unroll):
-                    at = k.b.add(j, k.int(i))
-                    self.step(at, 0, None, self.read(at, 0, None))
+        with self.o.loop(self.k.int(0), self.range.end) as j:
+            self.step(j, 0, None, self.read(j, 0, None))
 
     def leave(self) -> None:
         pass
@@ -975,16 +948,14 @@ class Maximum(Stage):
 class Terms(Stage):
     """A stage that computes exp of x, whose maximum is known."""
 
-    for_softmax = False  # whether the terms become results
-
     def scale(self, m: list[Variable]) -> None:
         """Fix the scales. Items of huge numbers, rare, are copied less their shift, and read so."""
         k, b, o = self.k, self.k.b, self.o
         maxima = [one.get() for one in m]
-        scales = [self.scale_of(one) for one in maxima]
+        scales = [_scalars.scale(o, one) for one in maxima]
         shifts = [abs(by.shift) > o.const(0.0) for by in scales]
         self.maxima = k.own(maxima)
-        fields = [[part for part in vars(by).values() if part is not None] for by in scales]
+        fields = [vars(by).values() for by in scales]
         fields = [k.own(list(states)) for states in zip(*fields, strict=True)]
         self.scales = [_scalars.Scale(*own) for own in zip(*fields, strict=True)]
         # What equals it is a largest element.
@@ -1013,10 +984,6 @@ class Terms(Stage):
             shifted=True,
         )
 
-    def scale_of(self, m: Vector) -> _scalars.Scale:
-        by = _scalars.scale(self.o, m)
-        return _scalars.with_exact_largest(self.o, m, by) if self.for_softmax else by
-
     def shifted(self, x: Vector, u: int) -> Vector:
         u %= self.k.sets
         return _scalars.shifted(self.o, x, self.maxima[u], self.scales[u])
@@ -1038,13 +1005,12 @@ class Sum(Terms):
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
-        self.pending: list[list[Vector]] = [[] for _ in range(kernel.sets)]
         self.m = kernel.variables(kernel.states)
         self.s, self.c = (kernel.variables(kernel.sets) for _ in range(2))
         self.before = kernel.variables(kernel.sets)  # of the segments that are over
         # What a segment of the lane leaves to be set aside, before its own roundings add up.
         self.rounding = self.c if self.o.real.precise else self.s
-        self.start = self.o.const(self.o.real.start * kernel.joined_terms)
+        self.start = self.o.const(self.o.real.start)
 
     def enter(self, item: Item) -> None:
         super().enter(item)
@@ -1075,17 +1041,9 @@ class Sum(Terms):
     def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
         o, k = self.o, self.k
         s, c = self.s[u % k.sets], self.c[u % k.sets]
-        x = self.less_shift(self.range, value, u)
-        term = _scalars.exp(o, x, self.scales[u % k.sets], rounded=k.job.rounds)
+        term = _scalars.exp(o, self.less_shift(self.range, value, u), self.scales[u % k.sets])
         if self.keeps_terms:
             o.store(k.scratch_at(self.range.scratch, j, u), term)
-        terms = self.pending[u % k.sets]
-        terms.append(term)
-        if len(terms) < min(k.at_hand, k.joined_terms):
-            return
-        while len(terms) > 1:
-            terms[:] = [p + q for p, q in zip(terms[::2], terms[1::2], strict=True)]
-        term = terms.pop()
         sums = _scalars.add_one(o, s.get(), c.get(), term, to_more=True)
         for variable, value in zip((s, c), sums, strict=True):
             variable.set(value)
@@ -1116,7 +1074,6 @@ class SumForSoftmax(Sum):
     """Leaves the terms in scratch and turns s, c into the two parts of the reciprocal."""
 
     keeps_terms = True
-    for_softmax = True
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
@@ -1204,7 +1161,7 @@ class SumOfOthers(Sum):
         """Take the largest term away, and mark the lanes where it may have hidden too much."""
         o = self.o
         with self.k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
-            rest = _scalars.without_one(o, m.get(), s.get(), c.get(), self.k.job.rounds)
+            rest = _scalars.without_one(o, m.get(), s.get(), c.get())
             s.set(rest[0])
             c.set(rest[1])
             least = self.least(m.get(), hidden)
@@ -1284,12 +1241,11 @@ class SumForPairsOfSoftmax(SumForPairs):
 
 
 class SumForPairsOfLogSumExp(SumForPairs):
-    """The same, for who wants more only beside maxima near 0, unless the result is not."""
+    """The same, for who wants more only beside maxima near 0."""
 
     def least(self, m: Vector, hidden: Vector) -> Vector:
-        o = self.o
-        near = o.larger(o.const(math.expm1(2 * _scalars.NEAR_ZERO)), super().least(m, hidden))
-        return o.where(abs(m) < o.const(_scalars.NEAR_ZERO), near, o.const(-1.0))
+        o, strict = self.o, super().least(m, hidden)
+        return o.where(abs(m) < o.const(_scalars.NEAR_ZERO), strict, o.const(-1.0))
 
 
 class SumForLogSumExp(SumForPairs):
@@ -1298,7 +1254,7 @@ class SumForLogSumExp(SumForPairs):
     def judge(self, hidden: Vector) -> None:
         o, k = self.o, self.k
         with k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
-            value = _scalars.logsumexp_of_all(o, m.get(), s.get(), c.get(), k.job.rounds)
+            value = _scalars.logsumexp_of_all(o, m.get(), s.get(), c.get())
             # NaN too: without a shift, a maximum of inf makes one.
             again.set(_scalars.is_near_zero(o, m.get(), value))
             s.set(value)
@@ -1537,15 +1493,12 @@ class Apply(Output):
 class ApplySoftmax(Apply, Terms):
     """softmax in a second reading of x."""
 
-    for_softmax = True
-
     def parameters(self) -> None:
         super().parameters()
         self.scale(self.m)
 
     def finish(self, m: Variable, s: Variable, c: Variable) -> None:
-        unit = self.scale_of(m.get()).unit
-        total = _scalars.whole(self.o, m.get(), s.get(), c.get(), unit)
+        total = _scalars.whole(self.o, m.get(), s.get(), c.get())
         high, low = _scalars.reciprocal(self.o, m.get(), *total)
         s.set(high)
         c.set(low)

@@ -21,9 +21,9 @@ class Limits:
 
     # Rows up to this long are turned in registers, a vector's worth of rows at a time, and longer
     # ones walked four at a time: so what begins and ends a row is done for many at once. By itself
-    # it takes 220 cycles or more. Turning pays up to 50 to 90 (float32) or 32 to 48 (float64), for
-    # logsumexp, which turns once and keeps no terms, up to twice that; four at a time up to 500 to
-    # 900 or 250 to 400 (Zen 4), in cache less.
+    # it takes 220 cycles or more. Turning pays up to 50 to 90 (float32) or 32 to 48 (float64),
+    # four at a time up to 500 to 900 or 250 to 400; for logsumexp, which turns once and keeps no
+    # terms, up to twice that (Zen 4).
     short_float32_elements: int = 64
     short_float64_elements: int = 32
     beside_float32_elements: int = 640
@@ -64,9 +64,6 @@ class Limits:
     # logsumexp of so few numbers is so often near 0, in one of the lanes of a vector, that all are
     # summed as it wants.
     careful_elements: int = 5
-    # From so many on, rounded sums of a few terms at a time do for a logsumexp: 0.8 ulp at most. Of
-    # 7 numbers it would be 1.3 instead of 0.7.
-    rounding_elements: int = 16
     # A few neighbouring lanes, less than a vector, are walked along, their elements in turn, if
     # they hold so many: across, most of a vector is empty. 2 to 7 times faster.
     taking_turns_elements: int = 16
@@ -210,7 +207,7 @@ def plan(
         compute_itemsize
     ]
     if op == LOGSUMEXP:
-        short *= 2
+        short, beside = 2 * short, 2 * beside
     deals = {4: limits.dealt_float32_elements, 8: limits.dealt_float64_elements}[compute_itemsize]
     lanes = 1
     in_turns = _panel_in_turns(n, inner, width) if dense else 0

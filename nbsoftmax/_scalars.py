@@ -180,7 +180,6 @@ class Scale:
     near: Value  # the maximum less the shift
     floor: Value  # smaller inputs are treated as this one
     magic: Value  # added to x * log2(e): if precise, rounds it and makes it an exponent field
-    unit: Value | None = None  # all terms are larger by so much of themselves
 
 
 def scale(o: Operations, m: Value) -> Scale:
@@ -234,12 +233,12 @@ def roots_of_two(real: Real) -> list[tuple[int, float]]:
 
 
 def _reduced(
-    o: Operations, x: Value, by: Scale, weight: Value | None = None, rounded: bool = False
+    o: Operations, x: Value, by: Scale, weight: Value | None
 ) -> tuple[Value, Value, Value, Value | None]:
     """What a term is: ``a b + c``, with c about as large as it, and times the last if there is one.
 
     With ``x = k ln 2 + r``, k in steps of a root: ``e^r = 1 + q r``, and times 2^k with the lane's
-    bias. If ``rounded``, what the root's rounding took stays out of it.
+    bias.
     """
     real = o.real
     y = o.larger(by.floor, x)  # this order keeps a NaN in x
@@ -248,27 +247,22 @@ def _reduced(
     r = o.fma(k, o.const(-real.ln2_lo), o.fma(k, o.const(-real.ln2_hi), y))
     q = o.fma(horner(o, r, real.exp), r, o.const(1.0))
     if real.roots > 1:
-        power, rest = o.root_of_two(t, by.unit)
-        return power, q * r if rounded else o.fma(q, r, rest), power, weight
+        power, rest = o.root_of_two(t)
+        return power, o.fma(q, r, rest), power, weight
     # A product and no addition to the exponent bits: those would turn some NaNs into numbers.
     power = o.power_of_two(t)
     return q, r, o.const(1.0), power if weight is None else power * weight
 
 
 def exp(
-    o: Operations,
-    x: Value,
-    by: Scale,
-    skip: Value | None = None,
-    weight: Value | None = None,
-    rounded: bool = False,
+    o: Operations, x: Value, by: Scale, skip: Value | None = None, weight: Value | None = None
 ) -> Value:
     """``2^(bias - top) e^x`` for a shifted ``x <= m`` or NaN; -inf gives as good as 0.
 
-    Within 0.6 ulp, with roots 0.53, or 1 if those are as ``rounded``. 0 where ``skip`` holds.
+    Within 0.6 ulp, with roots 0.53. 0 where ``skip`` holds.
     """
     if o.real.precise:
-        a, b, c, factor = _reduced(o, x, by, weight, rounded)
+        a, b, c, factor = _reduced(o, x, by, weight)
         term = o.fma(a, b, c)
     else:
         term, factor = o.exp2(o.fma(x, o.const(o.real.log2e), by.magic)), weight
@@ -292,15 +286,12 @@ def exp_two_parts(
     low: Value,
     skip: Value | None = None,
     weight: Value | None = None,
-    rounded: bool = False,
 ) -> tuple[Value, Value]:
-    """`exp`, bit for bit, and ``low`` plus what its rounding took, if that counts."""
+    """`exp`, bit for bit, and ``low`` plus what its last addition rounded away, if that counts."""
     if not o.real.precise:
         return exp(o, x, by, skip, weight), low
     a, b, c, factor = _reduced(o, x, by, weight)
     term = o.fma(a, b, c)
-    if rounded:
-        term = o.fma(*_reduced(o, x, by, weight, rounded)[:3])
     lost = o.fma(a, b, c - term)
     if factor is None:
         lower = lost + low
@@ -311,22 +302,10 @@ def exp_two_parts(
     return term, lower
 
 
-def largest(o: Operations, m: Value, rounded: bool = False) -> tuple[Value, Value]:
+def largest(o: Operations, m: Value) -> tuple[Value, Value]:
     """The largest term of a lane in two parts."""
     by = scale(o, m)
-    return exp_two_parts(o, by.near, by, o.const(0.0), rounded=rounded)
-
-
-def with_exact_largest(o: Operations, m: Value, by: Scale) -> Scale:
-    """A unit in which the largest term is what it was rounded to.
-
-    Most of a sum may be its largest term, whose rounding would be in all results but its own. With
-    roots a unit costs next to nothing, as it changes their rests; without, there is none.
-    """
-    if o.real.roots == 1:
-        return by
-    term, low = largest(o, m)
-    return dataclasses.replace(by, unit=(o.const(0.0) - low) / term)
+    return exp_two_parts(o, by.near, by, o.const(0.0))
 
 
 def two_sum(a: Value, b: Value) -> tuple[Value, Value]:
@@ -411,11 +390,9 @@ def with_largest(o: Operations, m: Value, times: Value, s: Value, c: Value) -> t
     return o.where(infinite, zero, total), o.where(infinite, zero, c)
 
 
-def without_one(
-    o: Operations, m: Value, s: Value, c: Value, rounded: bool = False
-) -> tuple[Value, Value]:
+def without_one(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
     """The pair's sum from that of all terms; 0 for an infinite m, unless the lane holds a NaN."""
-    term, _ = largest(o, m, rounded)
+    term, _ = largest(o, m)
     rest, lost = two_sum(s, o.const(0.0) - term)
     infinite = _without_terms(o, m, s)
     zero = o.const(0.0)
@@ -455,11 +432,9 @@ def rounded_terms(o: Operations, m: Value) -> Value:
     return o.where(abs(m) < o.const(NEAR_ZERO), o.const(1.75), o.const(0.0))
 
 
-def whole(
-    o: Operations, m: Value, s: Value, c: Value, unit: Value | None = None
-) -> tuple[Value, Value]:
-    """The sum of all terms from that of all but one largest; in the ``unit``, if there is one."""
-    return add(largest(o, m)[0], c if unit is None else o.fma(s, unit, c), s)
+def whole(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
+    """The sum of all terms from that of all but one largest."""
+    return add(largest(o, m)[0], c, s)
 
 
 def reciprocal(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
@@ -543,14 +518,13 @@ def logsumexp(o: Operations, m: Value, s: Value, c: Value) -> Value:
     return o.where(infinite, m, total + (rest + low))
 
 
-def logsumexp_of_all(o: Operations, m: Value, s: Value, c: Value, rounded: bool = False) -> Value:
+def logsumexp_of_all(o: Operations, m: Value, s: Value, c: Value) -> Value:
     """The lane's logsumexp from the sum of all its terms, the largest too.
 
     Half the work of `logsumexp`; but up to `NEAR_ZERO` the sum hides what its logarithm shows.
     """
     real, by = o.real, scale(o, m)
-    # What was rounded off the largest term is not lost.
-    _, c = exp_two_parts(o, by.near, by, c, rounded=rounded)
+    _, c = exp_two_parts(o, by.near, by, c)  # what was rounded off the largest term is not lost
     total = s + c
     low = c - (total - s)
     power, fraction = o.split_exponent(total)

@@ -37,11 +37,8 @@ class Variable:
 class Emitter(Arithmetic):
     """What kernels ask of a machine."""
 
-    def __init__(
-        self, builder: ir.IRBuilder, real: _scalars.Real, of_one_lane: bool = False
-    ) -> None:
+    def __init__(self, builder: ir.IRBuilder, real: _scalars.Real) -> None:
         super().__init__(builder, real, VECTOR_BYTES // real.itemsize)
-        self.of_one_lane = of_one_lane  # whether what is known of a lane is in all elements alike
 
     def spread(self, count: ir.Value) -> Vector:
         """A number counted at run time, in every element."""
@@ -58,11 +55,11 @@ class Emitter(Arithmetic):
         bits = ir.IntType(self.width)
         return self.b.icmp_unsigned("!=", self.b.bitcast(mask.value, bits), ir.Constant(bits, 0))
 
-    def root_of_two(self, t: Vector, unit: Vector | None = None) -> tuple[Vector, Vector]:
+    def root_of_two(self, t: Vector) -> tuple[Vector, Vector]:
         """2^k for a sum whose low bits are k, in steps of a root, plus the exponent bias.
 
-        And what its rounding took, relative, plus ``unit``. The roots stand in two vectors, an
-        element each: AVX-512 picks.
+        And what its rounding took, relative. The roots stand in two vectors, an element each:
+        AVX-512 looks them up.
         """
         assert self.real.roots == self.width
         shift = self.real.exponent_shift
@@ -74,15 +71,10 @@ class Emitter(Arithmetic):
             self.b.shl(index, self.integers(shift)),
             self._looked_up(index, ir.Constant(self.integer_type, offsets), "i"),
         )
-        table = Vector(self, ir.Constant(self.type, rests))
-        if unit is not None and self.of_one_lane:
-            table = table + unit  # once for all vectors of the lane
-        rest = Vector(self, self._looked_up(index, table.value, "f"))
-        if unit is not None and not self.of_one_lane:
-            rest = rest + unit
-        return Vector(self, self.b.bitcast(bits, self.type)), rest
+        rest = self._looked_up(index, ir.Constant(self.type, rests), "f")
+        return Vector(self, self.b.bitcast(bits, self.type)), Vector(self, rest)
 
-    def _looked_up(self, index: ir.Value, table: ir.Value, kind: str) -> ir.Value:
+    def _looked_up(self, index: ir.Value, table: ir.Constant, kind: str) -> ir.Value:
         """The elements of a table that the low bits of each index say."""
         size = {4: "s", 8: "d"}[self.real.itemsize]
         function = cgutils.get_or_insert_function(

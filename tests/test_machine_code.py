@@ -44,9 +44,6 @@ def jobs():
                 yield kernels.Job(op, dtype, dtype, walk, panel)
                 yield kernels.Job(op, dtype, dtype, walk, panel, runs=True)
             yield kernels.Job(op, dtype, dtype, "short", dealt=3)
-            if op == "logsumexp":
-                for walk, panel in [*PANELS.items(), ("beside", 4)]:
-                    yield kernels.Job(op, dtype, dtype, walk, panel, rounds=True)
             yield kernels.Job(op, dtype, dtype, "along", lanes=4)
             yield kernels.Job(op, dtype, dtype, "along", 3, lanes=6)
             yield kernels.Job(op, dtype, dtype, "across", 1)
@@ -71,7 +68,7 @@ def job_id(job):
     past += f"-{job.lanes}_lanes" if job.lanes > 1 else ""
     past += f"-{job.dealt}_dealt" if job.dealt else ""
     kind = past + "-masked" * job.masked + "-wraps" * job.wraps
-    kind += "-weighted" * job.weighted + "-runs" * job.runs + "-rounds" * job.rounds
+    kind += "-weighted" * job.weighted + "-runs" * job.runs
     return f"{job.op}-{job.source}-{job.walk}-{job.panel}{kind}"
 
 

@@ -118,16 +118,20 @@ def test_golden_table(shape, axis, dtype, regime):
     assert regime_of(shape, axis, dtype) == regime
 
 
-def test_logsumexp_turns_rows_twice_as_long():
+def test_logsumexp_puts_rows_twice_as_long_together():
     for shape, dtype in (((1000, 128), "float32"), ((1000, 64), "float64")):
         assert regime_of(shape, -1, dtype) == "beside"
         assert regime_of(shape, -1, dtype, op="logsumexp") == "short"
+    for shape, dtype in (((1000, 1280), "float32"), ((1000, 640), "float64")):
+        assert regime_of(shape, -1, dtype) == "along"
+        assert regime_of(shape, -1, dtype, op="logsumexp") == "beside"
 
 
 def test_logsumexp_stores_too_little_to_bypass_the_cache():
     for shape, axis, dtype, regime in GOLDEN:
         found = regime_of(shape, axis, dtype, op="logsumexp")
-        assert found == regime.replace("+past_cache", "")
+        usual = regime.replace("+past_cache", "")
+        assert found == usual or (found, usual) == ("beside", "along")  # rows twice as long
 
 
 @pytest.mark.parametrize(
