@@ -141,8 +141,14 @@ template <class R> struct Scale {
 
     BOTH R exp(R x) const {
         if constexpr (!C::precise) return exp2_of(fused(x, C::log2e, magic));
+        R p, power = exp_product(x, p);
+        return p * power;
+    }
+
+    BOTH R exp_product(R x, R& p) const {
         R q, r, power = reduced(x, q, r);
-        return fused(q, r, (R)1) * power;
+        p = fused(q, r, (R)1);
+        return power;
     }
 
     BOTH Two<R> exp_two_parts(R x, R low) const {
@@ -170,6 +176,15 @@ template <class R> BOTH void add(Two<R>& sum, R term) {
 template <class R> BOTH void add_to_more(Two<R>& sum, R term) {
     R total = sum.high + term;
     sum = {total, sum.low + (term - (total - sum.high))};
+}
+
+template <class R> BOTH void add_exp(Two<R>& sum, R x, const Scale<R>& by) {
+    if constexpr (!Constants<R>::precise) {
+        sum.high += by.exp(x);
+    } else {
+        R p, power = by.exp_product(x, p), total = fused(p, power, sum.high);
+        sum = {total, sum.low + fused(p, power, sum.high - total)};
+    }
 }
 
 template <bool to_more, class R> BOTH void add_one(Two<R>& sum, R term) {
@@ -490,9 +505,11 @@ BOTH Two<R> sum_terms(R (&values)[N], R m, const Scale<R>& by) {
     const R start = Constants<R>::start;
     Two<R> sum = {start, 0};
     UNROLLED (R& x : values) {
-        R term = by.exp(shifts ? by.shifted(x, m) : x);
-        add_one<true>(sum, term);
-        if (keep) x = term;
+        R near = shifts ? by.shifted(x, m) : x;
+        if constexpr (keep)
+            add_one<true>(sum, x = by.exp(near));
+        else
+            add_exp(sum, near, by);
     }
     return {sum.high - start, sum.low};
 }

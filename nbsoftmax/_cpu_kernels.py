@@ -1002,6 +1002,7 @@ class Sum(Terms):
     """
 
     keeps_terms = False
+    products = False  # whether terms are added before they are rounded
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
@@ -1041,10 +1042,14 @@ class Sum(Terms):
     def step(self, j: ir.Value, u: int, mask: Vector | None, value: Vector) -> None:
         o, k = self.o, self.k
         s, c = self.s[u % k.sets], self.c[u % k.sets]
-        term = _scalars.exp(o, self.less_shift(self.range, value, u), self.scales[u % k.sets])
-        if self.keeps_terms:
-            o.store(k.scratch_at(self.range.scratch, j, u), term)
-        sums = _scalars.add_one(o, s.get(), c.get(), term, to_more=True)
+        x, by = self.less_shift(self.range, value, u), self.scales[u % k.sets]
+        if self.products:
+            sums = _scalars.add_exp(o, s.get(), c.get(), x, by)
+        else:
+            term = _scalars.exp(o, x, by)
+            if self.keeps_terms:
+                o.store(k.scratch_at(self.range.scratch, j, u), term)
+            sums = _scalars.add_one(o, s.get(), c.get(), term, to_more=True)
         for variable, value in zip((s, c), sums, strict=True):
             variable.set(value)
 
@@ -1161,7 +1166,7 @@ class SumOfOthers(Sum):
         """Take the largest term away, and mark the lanes where it may have hidden too much."""
         o = self.o
         with self.k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
-            rest = _scalars.without_one(o, m.get(), s.get(), c.get())
+            rest = _scalars.without_one(o, m.get(), s.get(), c.get(), self.products)
             s.set(rest[0])
             c.set(rest[1])
             least = self.least(m.get(), hidden)
@@ -1243,6 +1248,8 @@ class SumForPairsOfSoftmax(SumForPairs):
 class SumForPairsOfLogSumExp(SumForPairs):
     """The same, for who wants more only beside maxima near 0."""
 
+    products = True
+
     def least(self, m: Vector, hidden: Vector) -> Vector:
         o, strict = self.o, super().least(m, hidden)
         return o.where(abs(m) < o.const(_scalars.NEAR_ZERO), strict, o.const(-1.0))
@@ -1250,6 +1257,8 @@ class SumForPairsOfLogSumExp(SumForPairs):
 
 class SumForLogSumExp(SumForPairs):
     """Writes logsumexp of the lane: from the sum of all terms, unless it is near 0."""
+
+    products = True
 
     def judge(self, hidden: Vector) -> None:
         o, k = self.o, self.k

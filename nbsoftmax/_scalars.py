@@ -1,7 +1,8 @@
 """The mathematics of softmax on one page, written once for every machine that runs it.
 
 The terms of a lane (one vector along the reduced axis) are ``e^(x_i - shift)`` times a power of
-two, both fixed by ``m = max x_i`` in `scale`; the shift is 0 unless m is huge.  The lane is
+two, both fixed by ``m = max x_i`` in `scale`, in a unit that a machine may choose; the shift is 0
+unless m is huge.  The lane is
 summarised by the pair ``(m, s + c)``: its maximum and the sum of all terms but one largest.  A sum
 is kept in two parts: ``c`` collects what rounding took from ``s``.  Kernels only decide in which
 order numbers meet.
@@ -27,6 +28,7 @@ own elements being counted and not summed, and what it means is said at the end.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +59,9 @@ class Real:
     log: tuple[float, ...]  # 2 atanh(z) = 2z + z^3 * (log[0] + log[1] z^2 + ...)
     # Else terms and sums are good to 2^-16, and 2^f = exp[0] + exp[1] f + ...
     precise: bool = True
-    roots: int = 1  # of two, that the machine looks up: 2^(j / roots) for 0 <= j < roots
+    roots: int = 1  # of two, that the machine looks up: unit 2^(j / roots) for 0 <= j < roots
+    unit: float = 1.0  # all terms are so many times as large; chosen so that the roots round well
+    log_unit: float = 0.0
 
     @property
     def origin(self) -> float:
@@ -76,7 +80,7 @@ class Real:
 
 
 # The polynomials of exp are minimax for the relative error, with 1 + r kept exact:
-# 0.05 / 2^24 at degree 6 for float32, 0.03 / 2^53 at degree 11 for float64.
+# 0.08 / 2^24 at degree 6 for float32, 0.09 / 2^53 at degree 11 for float64.
 FLOAT32 = Real(
     name="float32",
     itemsize=4,
@@ -132,14 +136,22 @@ FLOAT64 = Real(
     log=tuple(2 / (2 * k + 3) for k in range(11)),
 )
 # For machines that look up as many roots of two as a vector has elements, in one instruction:
-# 3 and 4 multiplications fewer, and better: 0.03 / 2^24 at degree 3, 0.03 / 2^53 at degree 7.
+# 3 and 4 multiplications fewer, and better: 0.03 / 2^24 at degree 3, 0.03 / 2^53 at degree 7. In
+# their unit no root is further than 0.27 / 2^24 or 0.03 / 2^53 from a number.
 ROOTED = {
     "float32": dataclasses.replace(
-        FLOAT32, roots=16, exact=2.0**19, exp=(0.5000161528587341, 0.166667178273201)
+        FLOAT32,
+        roots=16,
+        unit=float.fromhex("0x1.084921cf1627ep+0"),
+        log_unit=float.fromhex("0x1.04f0edc427a7ep-5"),
+        exact=2.0**19,
+        exp=(0.5000161528587341, 0.166667178273201),
     ),
     "float64": dataclasses.replace(
         FLOAT64,
         roots=8,
+        unit=float.fromhex("0x1.0a0214ba8d3fep+0"),
+        log_unit=float.fromhex("0x1.3a2891d0fae8dp-5"),
         exp=tuple(
             float.fromhex(c)
             for c in (
@@ -217,41 +229,53 @@ def horner(o: Operations, x: Value, coefficients: tuple[float, ...]) -> Value:
     return total
 
 
-def roots_of_two(real: Real) -> list[tuple[int, float]]:
-    """Each ``2^(j / roots)``, rounded, as the bits of its mantissa; and the relative rest."""
+@functools.cache
+def roots_of_two(real: Real) -> tuple[tuple[int, float], ...]:
+    """Each ``unit 2^(j / roots)``, rounded, as the bits of its mantissa; and the relative rest."""
     bits = 4 * real.mantissa
+    numerator, denominator = real.unit.as_integer_ratio()
     found = []
     for j in range(real.roots):
-        power = 1 << j + bits * real.roots
+        power = (numerator**real.roots << j + bits * real.roots) // denominator**real.roots
         for _ in range(real.roots.bit_length() - 1):
             power = math.isqrt(power)
         below = bits - real.mantissa
         rounded = (power + (1 << below - 1)) >> below
         exact = rounded << below
         found.append((rounded - (1 << real.mantissa), (power - exact) / exact))
-    return found
+    return tuple(found)
 
 
-def _reduced(
-    o: Operations, x: Value, by: Scale, weight: Value | None
-) -> tuple[Value, Value, Value, Value | None]:
-    """What a term is: ``a b + c``, with c about as large as it, and times the last if there is one.
+def _reduced(o: Operations, x: Value, by: Scale) -> tuple[Value, Value, Value]:
+    """t, q and r: ``x = k ln 2 + r`` and ``e^r = 1 + q r``.
 
-    With ``x = k ln 2 + r``, k in steps of a root: ``e^r = 1 + q r``, and times 2^k with the lane's
-    bias.
+    t holds k, in steps of a root, with the lane's bias.
     """
     real = o.real
     y = o.larger(by.floor, x)  # this order keeps a NaN in x
     t = o.fma(y, o.const(real.log2e), by.magic)
     k = t - by.magic
     r = o.fma(k, o.const(-real.ln2_lo), o.fma(k, o.const(-real.ln2_hi), y))
-    q = o.fma(horner(o, r, real.exp), r, o.const(1.0))
-    if real.roots > 1:
-        power, rest = o.root_of_two(t)
-        return power, o.fma(q, r, rest), power, weight
-    # A product and no addition to the exponent bits: those would turn some NaNs into numbers.
-    power = o.power_of_two(t)
-    return q, r, o.const(1.0), power if weight is None else power * weight
+    return t, o.fma(horner(o, r, real.exp), r, o.const(1.0)), r
+
+
+def _power(o: Operations, t: Value) -> Value:
+    # To be multiplied with: an addition to exponent bits would turn some NaNs into numbers.
+    return o.root_of_two(t) if o.real.roots > 1 else o.power_of_two(t)
+
+
+def _before_rounding(
+    o: Operations, x: Value, by: Scale, weight: Value | None
+) -> tuple[Value, Value, Value, Value | None, Value | None]:
+    """What a term is: ``a b + c``, with c about as large as it; times a factor if there is one.
+
+    And what a root's rounding took, in units of a, if there are roots.
+    """
+    t, q, r = _reduced(o, x, by)
+    power = _power(o, t)
+    if o.real.roots > 1:
+        return power, q * r, power, weight, o.rest_of_root(t)
+    return q, r, o.const(1.0), power if weight is None else power * weight, None
 
 
 def exp(
@@ -259,10 +283,10 @@ def exp(
 ) -> Value:
     """``2^(bias - top) e^x`` for a shifted ``x <= m`` or NaN; -inf gives as good as 0.
 
-    Within 0.6 ulp, with roots 0.53. 0 where ``skip`` holds.
+    Within 0.6 ulp, with roots 0.7. 0 where ``skip`` holds.
     """
     if o.real.precise:
-        a, b, c, factor = _reduced(o, x, by, weight)
+        a, b, c, factor, _ = _before_rounding(o, x, by, weight)
         term = o.fma(a, b, c)
     else:
         term, factor = o.exp2(o.fma(x, o.const(o.real.log2e), by.magic)), weight
@@ -287,12 +311,14 @@ def exp_two_parts(
     skip: Value | None = None,
     weight: Value | None = None,
 ) -> tuple[Value, Value]:
-    """`exp`, bit for bit, and ``low`` plus what its last addition rounded away, if that counts."""
+    """`exp`, bit for bit, and ``low`` plus what was rounded away, if that counts."""
     if not o.real.precise:
         return exp(o, x, by, skip, weight), low
-    a, b, c, factor = _reduced(o, x, by, weight)
+    a, b, c, factor, rest = _before_rounding(o, x, by, weight)
     term = o.fma(a, b, c)
     lost = o.fma(a, b, c - term)
+    if rest is not None:
+        lost = o.fma(a, rest, lost)
     if factor is None:
         lower = lost + low
     else:
@@ -306,6 +332,15 @@ def largest(o: Operations, m: Value) -> tuple[Value, Value]:
     """The largest term of a lane in two parts."""
     by = scale(o, m)
     return exp_two_parts(o, by.near, by, o.const(0.0))
+
+
+def exp_product(o: Operations, x: Value, by: Scale) -> tuple[Value, Value]:
+    """`exp` as a product of two numbers, as good as the rounded one, if terms are precise.
+
+    It differs from that one only if there are roots.
+    """
+    t, q, r = _reduced(o, x, by)
+    return o.fma(q, r, o.const(1.0)), _power(o, t)
 
 
 def two_sum(a: Value, b: Value) -> tuple[Value, Value]:
@@ -325,6 +360,15 @@ def add_to_more(s: Value, c: Value, term: Value) -> tuple[Value, Value]:
     """`add` at half the price, for ``s >= term >= 0`` (Dekker)."""
     total = s + term
     return total, c + (term - (total - s))
+
+
+def add_exp(o: Operations, s: Value, c: Value, x: Value, by: Scale) -> tuple[Value, Value]:
+    """Push the term of x to a sum that is larger: as a product, so that nobody has to round it."""
+    if not o.real.precise:
+        return s + exp(o, x, by), c
+    p, power = exp_product(o, x, by)
+    total = o.fma(p, power, s)
+    return total, c + o.fma(p, power, s - total)
 
 
 def add_one(
@@ -390,13 +434,21 @@ def with_largest(o: Operations, m: Value, times: Value, s: Value, c: Value) -> t
     return o.where(infinite, zero, total), o.where(infinite, zero, c)
 
 
-def without_one(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
-    """The pair's sum from that of all terms; 0 for an infinite m, unless the lane holds a NaN."""
-    term, _ = largest(o, m)
-    rest, lost = two_sum(s, o.const(0.0) - term)
-    infinite = _without_terms(o, m, s)
+def without_one(o: Operations, m: Value, s: Value, c: Value, products: bool) -> tuple[Value, Value]:
+    """The pair's sum from that of all terms; 0 for an infinite m, unless the lane holds a NaN.
+
+    The terms were pushed as ``products``, or rounded.
+    """
     zero = o.const(0.0)
-    return o.where(infinite, zero, rest), o.where(infinite, zero, c + lost)
+    term, low = largest(o, m)[0], zero
+    if products and o.real.roots > 1:
+        by = scale(o, m)
+        p, power = exp_product(o, by.near, by)
+        term = p * power
+        low = o.fma(p, power, zero - term)
+    rest, lost = two_sum(s, zero - term)
+    infinite = _without_terms(o, m, s)
+    return o.where(infinite, zero, rest), o.where(infinite, zero, c + (lost - low))
 
 
 def hidden(o: Operations, additions: Value, to_one: Value) -> Value:
@@ -519,12 +571,15 @@ def logsumexp(o: Operations, m: Value, s: Value, c: Value) -> Value:
 
 
 def logsumexp_of_all(o: Operations, m: Value, s: Value, c: Value) -> Value:
-    """The lane's logsumexp from the sum of all its terms, the largest too.
+    """The lane's logsumexp from the sum of all its terms, the largest too, pushed by `add_exp`.
 
     Half the work of `logsumexp`; but up to `NEAR_ZERO` the sum hides what its logarithm shows.
     """
     real, by = o.real, scale(o, m)
-    _, c = exp_two_parts(o, by.near, by, c)  # what was rounded off the largest term is not lost
+    term, c = exp_two_parts(o, by.near, by, c)  # what was rounded off the largest is not lost
+    if real.roots > 1:
+        p, power = exp_product(o, by.near, by)
+        c = c + o.fma(o.const(0.0) - p, power, term)
     total = s + c
     low = c - (total - s)
     power, fraction = o.split_exponent(total)
@@ -534,6 +589,8 @@ def logsumexp_of_all(o: Operations, m: Value, s: Value, c: Value) -> Value:
     rest = o.times_power_of_two(low, o.const(0.0) - power) * inverse
     k = (o.const(real.origin - real.bias) - by.magic) + power
     high, low, tail = _log_parts(o, k, f, rest)
+    if real.log_unit:
+        tail = tail - o.const(real.log_unit)
     product = k * o.const(real.ln2_short)  # is rounded where the maximum is large
     low = low + o.fma(k, o.const(real.ln2_short), o.const(0.0) - product)
     return o.where(_without_terms(o, m, s), m, by.shift + (high + (low + tail)))

@@ -55,27 +55,32 @@ class Emitter(Arithmetic):
         bits = ir.IntType(self.width)
         return self.b.icmp_unsigned("!=", self.b.bitcast(mask.value, bits), ir.Constant(bits, 0))
 
-    def root_of_two(self, t: Vector) -> tuple[Vector, Vector]:
-        """2^k for a sum whose low bits are k, in steps of a root, plus the exponent bias.
+    def root_of_two(self, t: Vector) -> Vector:
+        """2^k, in its unit, for a sum whose low bits are k in steps of a root plus the bias.
 
-        And what its rounding took, relative. The roots stand in two vectors, an element each:
-        AVX-512 looks them up.
+        The roots stand in a vector, an element each: AVX-512 looks them up.
         """
-        assert self.real.roots == self.width
         shift = self.real.exponent_shift
-        mantissas, rests = zip(*_scalars.roots_of_two(self.real), strict=True)
         index = self.b.bitcast(t.value, self.integer_type)
         # Shifted, the number of the root is in the mantissa.
-        offsets = [bits - (j << shift) for j, bits in enumerate(mantissas)]
+        offsets = [
+            bits - (j << shift) for j, (bits, _) in enumerate(_scalars.roots_of_two(self.real))
+        ]
         bits = self.b.add(
             self.b.shl(index, self.integers(shift)),
             self._looked_up(index, ir.Constant(self.integer_type, offsets), "i"),
         )
-        rest = self._looked_up(index, ir.Constant(self.type, rests), "f")
-        return Vector(self, self.b.bitcast(bits, self.type)), Vector(self, rest)
+        return Vector(self, self.b.bitcast(bits, self.type))
+
+    def rest_of_root(self, t: Vector) -> Vector:
+        """What rounding took from the root that `root_of_two` looks up, relative."""
+        index = self.b.bitcast(t.value, self.integer_type)
+        rests = [rest for _, rest in _scalars.roots_of_two(self.real)]
+        return Vector(self, self._looked_up(index, ir.Constant(self.type, rests), "f"))
 
     def _looked_up(self, index: ir.Value, table: ir.Constant, kind: str) -> ir.Value:
         """The elements of a table that the low bits of each index say."""
+        assert self.real.roots == self.width
         size = {4: "s", 8: "d"}[self.real.itemsize]
         function = cgutils.get_or_insert_function(
             self.b.module,

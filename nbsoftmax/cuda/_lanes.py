@@ -40,16 +40,19 @@ def terms(o: Any, values: Values, m: Any) -> Values:
 
 
 def total(o: Any, values: Values, m: Any, keep: bool) -> Values:
-    """The sum of the terms in two parts, and the terms if they are to be kept."""
+    """The sum of the terms in two parts, and the terms if they are to be kept: then rounded."""
     by, start = _scalars.scale(o, m), o.const(o.real.start)
 
     def added(shift: Shift) -> Values:
         s, c = start, o.const(0.0)
         terms = []
         for x in values:
-            terms.append(_scalars.exp(o, shift(x), by))
-            s, c = _scalars.add_one(o, s, c, terms[-1], to_more=True)
-        return [s - start, c, *(terms if keep else ())]
+            if keep:
+                terms.append(_scalars.exp(o, shift(x), by))
+                s, c = _scalars.add_one(o, s, c, terms[-1], to_more=True)
+            else:
+                s, c = _scalars.add_exp(o, s, c, shift(x), by)
+        return [s - start, c, *terms]
 
     return list(_scalars.with_shift(o, m, by, added))
 
@@ -75,7 +78,8 @@ def _merged_totals(o: Any, p: Values, q: Values) -> Values:
 
 def rest(o: Any, m: Any, total: Values, additions: int) -> Values:
     """The sum of all terms but one largest from that of all, and 1 where it is not good enough."""
-    s, c = _scalars.without_one(o, m, *total)
+    s, c = total
+    s, c = _scalars.without_one(o, m, s, c, products=True)
     times = o.const(float(additions))
     return [s, c, _scalars.is_small(o, m, s, _scalars.hidden(o, times, times))]
 
