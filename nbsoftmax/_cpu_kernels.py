@@ -65,6 +65,8 @@ COPY, READ = "copy", "read"  # yardsticks: the same walk without the mathematics
 # Additions after which a sum is set aside: so what a sum of many numbers loses does not show. Rows
 # that are walked in groups are shorter.
 SEGMENT_ADDITIONS = 128
+# How far a stage that stores past the cache keeps ahead of loads that would wait for it.
+LEAD_BYTES = 512
 OF_ROWS = ("short", "beside")  # walks whose items are groups of whole rows
 # Stores past the cache leave it to others. Either out lies on whole vectors; or results are held
 # until they fill lines: groups of rows, or across a slab, all lanes' results of one block.
@@ -1323,6 +1325,29 @@ class Output(Stage):
         head = k.o.live(skip)
         self.step(k.int(0), 0, head, self.read(k.int(0), 0, head))
         self.range = k.after(self.range, skip)
+        if k.states > 1:
+            return  # a vector's place says whose it is
+        whole = b.and_(self.range.end, k.int(-k.o.width))
+        few = k.smaller(k.int(LEAD_BYTES // k.result.itemsize), whole)
+        lead = b.select(self.meets_loads(item), few, k.int(0))
+        with self.o.loop(k.int(0), lead, k.o.width) as j:
+            self.step(j, 0, None, self.read(j, 0, None))
+        self.range = k.after(self.range, lead)
+
+    def meets_loads(self, item: Item) -> ir.Value:
+        """Whether the other stages read, in their items, near the places of pages that this writes.
+
+        A load waits for a store before it that has part of its place in a page, and a store past
+        the cache takes long: then this stage keeps ahead.
+        """
+        k, b = self.k, self.k.b
+        panel = VECTOR_BYTES * k.panel
+        x, meets = item.x, ir.Constant(ir.IntType(1), 0)
+        for _ in range(len(STAGES[k.job.op]) - 1):
+            x = b.add(x, k.x_outer)
+            apart = b.and_(b.sub(item.out, b.sub(x, k.int(panel))), k.int(PAGE_BYTES - 1))
+            meets = b.or_(meets, b.icmp_unsigned("<", apart, k.int(2 * panel)))
+        return meets
 
     def look_ahead_out(self, next_item: Item) -> None:
         """Have lines of out ready when the next item comes to them, those that are read first.
