@@ -109,6 +109,11 @@ EXPERIMENTS: dict[str, Border | Size] = {
     "panel_block_bytes": Size(
         _doubling(8 * KIB, 512 * KIB), ((8192, 512), 0, "float32"), {"panel_bytes": 0}
     ),
+    "far_bytes": Border(
+        _doubling(4 * MIB, 64 * MIB),
+        lambda size: ((4096, size // 16_384), 0, "float32"),
+        op="logsumexp",
+    ),
     "narrow_panel_least": Border(
         (2, 3, 4, 6, 8, 12, 16, 32),
         lambda n: ((MIB // (128 * n), n, 128), 1, "float32"),

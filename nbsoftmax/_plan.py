@@ -48,6 +48,9 @@ class Limits:
     # and x is read once. Each thread keeps a copy of a panel and its terms.
     panel_bytes: int = 1024 * 1024
     panel_block_bytes: int = 64 * 1024
+    # Of an x larger than this, and so in memory, logsumexp takes blocks of rows at once: what comes
+    # next is then fetched while a block is summed. 6 to 30 % faster; in cache up to 8 % slower.
+    far_bytes: int = 20 * 1024 * 1024
     # Lanes of this length go by single vectors: for two, some constants leave the registers, 10 to
     # 20 %. Shorter ones are all beginnings and ends, and longer ones want more of each row at once.
     narrow_panel_least: int = 8
@@ -219,7 +222,10 @@ def plan(
         panel = _across_panel(n, inner, width)
         row = panel * VECTOR_BYTES
         few = not alone and outer * -(-inner // (panel * width)) < limits.few_panels
-        if n * row > (limits.few_panels_bytes if few else limits.panel_bytes):
+        most = limits.few_panels_bytes if few else limits.panel_bytes
+        if op == LOGSUMEXP and outer * n * inner * compute_itemsize > limits.far_bytes:
+            most = min(most, limits.panel_block_bytes)
+        if n * row > most:
             block = max(8, limits.panel_block_bytes // row)
             slab = limits.slab_bytes // (inner * max(compute_itemsize, result_itemsize))
             if slab >= limits.slab_rows:

@@ -304,6 +304,7 @@ REGIMES: dict[str, dict[str, int]] = {
         "few_lanes_bytes": _NEVER,
         "panel_bytes": _NEVER,
         "few_panels_bytes": _NEVER,
+        "far_bytes": _NEVER,
     },
     "blocks": _CUT,
     "in_pieces": _IN_PIECES,
