@@ -137,7 +137,8 @@ class Launch:
     large: bool  # the result lies on whole vectors, in memory that is kept
     parallel: bool
     small: Kernel | None  # the one kernel, if it runs in this thread
-    direct: bool  # and so short that machine code may find it
+    direct: bool  # and machine code may find it
+    brief: bool  # and hold the interpreter's lock meanwhile
 
     def new(self, x: Array) -> Any:
         """The result as the caller sees it; a full reduction is a scalar."""
@@ -359,8 +360,7 @@ def _launch(
     small = None if in_parallel or len(calls) > 1 else calls[0].kernel
     transpose = None if order == tuple(range(len(kept))) else order
     # Past the cache, it would matter where out is.
-    direct = not plan.past_cache and work_bytes <= _plan.LIMITS.direct_bytes
-    direct = direct and small is not None and transpose is None
+    direct = not plan.past_cache and small is not None and transpose is None
     return Launch(
         calls=tuple(calls),
         pairs=pairs,
@@ -373,6 +373,7 @@ def _launch(
         parallel=in_parallel,
         small=small,
         direct=direct,
+        brief=work_bytes <= _plan.LIMITS.brief_bytes,
     )
 
 
@@ -455,7 +456,7 @@ def run(
                     launch.into(x, out)
                     result = out
                 if launch.direct:
-                    calls.learn(found, x, out, axis, result, launch.calls[0])
+                    calls.learn(found, x, out, axis, result, launch.calls[0], launch.brief)
                 return result
     with np.errstate(all="ignore"):
         return _run(op, x, axis, where, out, dtype, b, bool(keepdims), bool(return_sign), name)

@@ -3,7 +3,8 @@
 To say what is to be done with a few numbers takes the interpreter ten times as long as doing it:
 shapes and strides as tuples, a look-up, memory for the result, a kernel's arguments.  What is met
 again and again is therefore written down as a *record*: which arrays, and which kernel they go to.
-`find` compares its arguments with the one record that may be theirs, and does the rest.
+`find` compares its arguments with the one record that may be theirs, and does the rest.  Only the
+interpreter's lock keeps a record in its place: a call that lets go of it holds the record itself.
 
 It reads NumPy's arrays by themselves and has NumPy make new ones, both as its C headers say.
 """
@@ -40,6 +41,8 @@ SLOTS_BITS = 10
 NDARRAY, NEW_FROM_DESCR, RETURN, SLOTS = range(4)
 # A record: x and out are the shape and strides behind it, the rest is compared or passed on.
 RECORD = (
+    "kept",  # the object that keeps all of it
+    "brief",  # whether the call may hold the interpreter's lock
     "kernel",  # machine code
     "parameters",
     "axis",  # the very object
@@ -80,12 +83,19 @@ class Calls:
             self._unknown = 0
 
     def learn(
-        self, slot: object, x: Array, out: Array | None, axis: object, like: Array, call: Any
+        self,
+        slot: object,
+        x: Array,
+        out: Array | None,
+        axis: object,
+        like: Array,
+        call: Any,
+        brief: bool,
     ) -> None:
         """Perhaps write a record of a call that `find` did not know, for which it said ``slot``.
 
         ``like`` is the result.  ``call`` has the ``machine_code`` and ``parameters`` of a kernel
-        that this thread runs alone.
+        that this thread runs alone, under the interpreter's lock if that is ``brief``.
         """
         self._unknown += 1
         if not WORKS or type(slot) is not int or self._unknown % UNKNOWN_CALLS:
@@ -101,18 +111,25 @@ class Calls:
                 self.table = table  # before who needs it
                 self.find = find
             else:
-                record = _record(x, out, axis, like, call)
+                record = _record(x, out, axis, like, call, brief)
                 before = self._kept.get(slot)
-                self._kept[slot] = record, call, axis, x.dtype, like.dtype
+                kept = record, call, axis, x.dtype, like.dtype
+                record[RECORD.index("kept")] = id(kept)
+                self._kept[slot] = kept
                 self.table[SLOTS + slot] = record.ctypes.data
                 del before  # not sooner
         finally:
             self._changing.release()
 
 
-def _record(x: Array, out: Array | None, axis: object, like: Array, call: Any) -> Array:
+def _record(
+    x: Array, out: Array | None, axis: object, like: Array, call: Any, brief: bool
+) -> Array:
+    """All but what keeps it."""
     same = out is not None and (out.strides, out.dtype) == (x.strides, x.dtype)
     words = {
+        "kept": 0,
+        "brief": brief,
         "kernel": call.machine_code[0],
         "parameters": call.parameters.ctypes.data,
         "axis": id(axis),
@@ -272,17 +289,28 @@ class _Find:
         place = b.inttoptr(_word(b, self.table, function), kind)
         return b.ptrtoint(b.call(place, values), I64)
 
-    def run(self, record: _Record, out: ir.Value) -> None:
-        zero = ir.Constant(I64, 0)
-        data = ArrayObject(self.b, out).data
+    def run(self, record: _Record, out: ir.Value, pyapi: Any) -> None:
+        b, zero = self.b, ir.Constant(I64, 0)
+        data = ArrayObject(b, out).data
+        kernel = record.get("kernel")
         arguments = [self.x.data, data, zero, record.get("parameters"), zero]
-        _entry.call_address(self.b, record.get("kernel"), arguments)
+        brief = b.icmp_signed("!=", record.get("brief"), zero)
+        with b.if_else(brief) as (locked, unlocked):
+            with locked:
+                _entry.call_address(b, kernel, arguments)
+            with unlocked:
+                kept = b.inttoptr(record.get("kept"), BYTES)
+                pyapi.incref(kept)
+                state = pyapi.save_thread()
+                _entry.call_address(b, kernel, arguments)
+                pyapi.restore_thread(state)
+                pyapi.decref(kept)
 
-    def scalar(self, record: _Record, out: ir.Value) -> ir.Value:
+    def scalar(self, out: ir.Value) -> ir.Value:
         """A result without axes as a scalar; the array is gone then."""
         b = self.b
         result = cgutils.alloca_once_value(b, out)
-        no_axes = b.icmp_signed("==", record.get("out_ndim"), ir.Constant(I64, 0))
+        no_axes = b.icmp_signed("==", ArrayObject(b, out).ndim, ir.Constant(I64, 0))
         with b.if_then(no_axes):
             b.store(self.of_numpy(RETURN, [b.inttoptr(out, BYTES)]), result)
         return b.load(result)
@@ -308,13 +336,13 @@ def _emit_find(typing_context: Any, table: Any, x: Any, out: Any, axis: Any) -> 
         f.require(b.not_(has_out), given)
         made = f.new(record, pyapi)
         f.require(b.icmp_signed("!=", made, ir.Constant(I64, 0)), no_memory)
-        f.run(record, made)
-        b.store(f.scalar(record, made), answer)
+        f.run(record, made, pyapi)
+        b.store(f.scalar(made), answer)
         b.branch(leave)
 
         b.position_at_end(given)
         f.compare_out(record)
-        f.run(record, f.out.address)
+        f.run(record, f.out.address, pyapi)
         pyapi.incref(b.inttoptr(f.out.address, BYTES))
         b.store(f.out.address, answer)
         b.branch(leave)

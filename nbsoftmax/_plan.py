@@ -75,9 +75,9 @@ class Limits:
     odd_turns_rows: int = 64
     # Fewer neighbouring lanes than this are packed to rows: none, which takes 40 us to begin.
     narrow_elements: int = 2
-    # Up to this, machine code finds a call that is known (`_direct`), and holds the interpreter's
-    # lock meanwhile: 5 us in float32, 10 in float64.
-    direct_bytes: int = 64 * 1024
+    # Up to this, a call that machine code knows (`_direct`) holds the interpreter's lock meanwhile:
+    # 5 us in float32, 10 in float64.
+    brief_bytes: int = 64 * 1024
     # Below this one thread is done before it could have told another; below the second, only those
     # that listen help: to wake one takes 30 to 50 us (Zen 4), and 100 to 200 where a virtual
     # machine's core sleeps, too.

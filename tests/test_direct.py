@@ -198,15 +198,60 @@ def test_other_limits_are_other_calls():
     x = cases.draw((4, 9))
     make_known("softmax", x, 1)
     assert knows("softmax", x, 1)
-    with _plan.using(direct_bytes=0):
-        make_known("softmax", x, 1)
+    with _plan.using(brief_bytes=0):
         assert not knows("softmax", x, 1)
+        make_known("softmax", x, 1)
+        assert knows("softmax", x, 1)
+    assert not knows("softmax", x, 1)
 
 
-def test_long_calls_leave_the_interpreter_to_others():
-    x = cases.draw((2 * _plan.LIMITS.direct_bytes // 8,))
-    make_known("softmax", x)
-    assert not knows("softmax", x)
+@pytest.mark.parametrize("given", [False, True])
+def test_long_calls_leave_the_interpreter_to_others(given):
+    x = cases.draw((512, 512))
+    out = np.empty_like(x) if given else None
+    expected = nbsoftmax.softmax(x, 1)
+    others, interval = [], sys.getswitchinterval()
+    with _plan.using(serial_bytes=1 << 60):
+        make_known("softmax", x, 1, out=out)
+        assert knows("softmax", x, 1, out=out)
+        try:
+            sys.setswitchinterval(1000)  # nobody is asked to let go of the lock
+            go = threading.Event()
+            other = threading.Thread(target=lambda: others.append(go.wait()))
+            other.start()
+            go.set()
+            for _ in range(1000):
+                result = found("softmax", x, 1, out)
+                if others:
+                    break
+        finally:
+            sys.setswitchinterval(interval)
+        other.join()
+        assert others == [True]
+        assert result.tobytes() == expected.tobytes()
+
+
+def test_a_record_that_is_replaced_while_its_call_runs():
+    x, wrong = cases.draw((64, 256)), []
+    expected = nbsoftmax.softmax(x, 1).tobytes()
+    over = threading.Event()
+
+    def call():
+        while not over.is_set():
+            if nbsoftmax.softmax(x, 1).tobytes() != expected:
+                wrong.append(1)
+
+    with _plan.using(serial_bytes=1 << 60, brief_bytes=0):
+        threads = [threading.Thread(target=call) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for _ in range(2000):
+            forget()
+            make_known("softmax", x, 1)
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
 
 
 def test_only_every_so_many_unknown_calls_are_written_down(monkeypatch):
