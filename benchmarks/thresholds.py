@@ -82,6 +82,12 @@ EXPERIMENTS: dict[str, Border | Size] = {
     "short_float64_elements": Border(_SHORT, _rows("float64")),
     "dealt_float32_elements": Border(_DEALT, _rows("float32")),
     "dealt_float64_elements": Border(_DEALT, _rows("float64")),
+    "paired_elements": Border((3, 5, 8, 12, 16, 24, 32, 48, 64), _rows("float32")),
+    "paired_rows": Border(
+        _doubling(16, 1024),
+        lambda rows: ((rows, 10), -1, "float32"),
+        {"paired_elements": 0},
+    ),
     "beside_float32_elements": Border(_BESIDE, _rows("float32")),
     "beside_float64_elements": Border(_BESIDE, _rows("float64")),
     "beside_rows": Size((2, 4, 8), ((1024, 256), -1, "float32"), {}),

@@ -99,7 +99,7 @@ class Job:
     def group(self) -> int:
         """Rows that are one item."""
         width = VECTOR_BYTES // FORMATS[self.source].real.itemsize
-        return {"short": width, "beside": self.panel}.get(self.walk, 1)
+        return {"short": self.panel * width, "beside": self.panel}.get(self.walk, 1)
 
     @property
     def by_slabs(self) -> bool:
@@ -394,7 +394,7 @@ class Kernel:
         zero = self.int(0)
         lane = item.start, self.x_row_jump
         if self.short:
-            row = self.int(VECTOR_BYTES)
+            row = self.int(self.panel * VECTOR_BYTES)
             steps = zero, length, length
             return Range(item.tile, row, item.tile, item.tile, item.columns, *steps, *lane, True)
         if self.beside:
@@ -541,26 +541,27 @@ class Kernel:
         return [Variable(self.o, self.o.const(start)) for _ in range(count)]
 
     @contextlib.contextmanager
-    def each_set(self, *groups: list[Variable]) -> Iterator[tuple[ir.Value, list[Variable]]]:
-        """A run-time loop over the states of a panel: what is done to each is compiled once."""
-        if self.states == 1:
-            yield self.int(0), [group[0] for group in groups]
-            return
-        kind = self.o.type
-        memory = [cgutils.alloca_once(self.b, kind, size=self.int(self.states)) for _ in groups]
+    def each_state(self, *groups: list[Variable]) -> Iterator[tuple[ir.Value, list[Variable]]]:
+        """A run-time loop over the states of a panel: what is done to each is compiled once.
+
+        Two at a time, in one wide vector that LLVM cuts up again: what ends a lane is a chain of
+        instructions that wait for each other, and so two chains take turns.
+        """
+        b, states = self.b, self.int(self.states)
+        memory = [cgutils.alloca_once(b, self.o.type, size=states) for _ in groups]
         for place, group in zip(memory, groups, strict=True):
-            for u, variable in enumerate(group):
-                self.b.store(variable.get().value, self.b.gep(place, [self.int(u)]))
-        with self.o.loop(self.int(0), self.int(self.states)) as u:
-            one = self.variables(len(groups))
-            for place, variable in zip(memory, one, strict=True):
-                variable.set(Vector(self.o, self.b.load(self.b.gep(place, [u]))))
-            yield u, one
-            for place, variable in zip(memory, one, strict=True):
-                self.b.store(variable.get().value, self.b.gep(place, [u]))
+            for u in range(self.states):
+                b.store(group[u].get().value, b.gep(place, [self.int(u)]))
+        o = Emitter(b, self.o.real, 1 if self.states % 2 else 2)
+        with self.o.loop(self.int(0), states, o.width // self.o.width) as u:
+            pointers = [b.bitcast(b.gep(place, [u]), o.type.as_pointer()) for place in memory]
+            some = [Variable(o, Vector(o, b.load(at, align=VECTOR_BYTES))) for at in pointers]
+            yield u, some
+            for at, variable in zip(pointers, some, strict=True):
+                b.store(variable.get().value, at, align=VECTOR_BYTES)
         for place, group in zip(memory, groups, strict=True):
-            for u, variable in enumerate(group):
-                variable.set(Vector(self.o, self.b.load(self.b.gep(place, [self.int(u)]))))
+            for u in range(self.states):
+                group[u].set(Vector(self.o, b.load(b.gep(place, [self.int(u)]))))
 
     def joined(self, *groups: list[Variable], join: Join) -> None:
         """Join the elements of vectors that belong to one lane, if there are such."""
@@ -676,7 +677,7 @@ class Kernel:
         """Where the vectors of a group of short rows without gaps are, and their masks."""
         b, o = self.b, self.o
         count = b.mul(item.columns, self.int(self.job.dealt))
-        starts = [v * o.width for v in range(self.job.dealt)]
+        starts = [v * o.width for v in range(self.panel * self.job.dealt)]
         return [
             (b.add(start, self.int(first * size)), o.live(b.sub(count, self.int(first))))
             for first in starts
@@ -874,21 +875,22 @@ class Stage:
         raise NotImplementedError
 
     def turned(self) -> None:
-        """The whole walk over a tile of short rows, one vector wide."""
+        """The whole walk over a tile of short rows."""
         with self.o.loop(self.k.int(0), self.range.end) as j:
-            self.step(j, 0, None, self.read(j, 0, None))
+            for u in range(self.k.panel):
+                self.step(j, u, None, self.read(j, u, None))
 
     def leave(self) -> None:
         pass
 
     def write(self, u: ir.Value, values: tuple[Vector, ...]) -> None:
-        k, b = self.k, self.k.b
+        k, b, o = self.k, self.k.b, values[0].o
         first = b.mul(u, k.int(self.o.width))
-        mask = self.o.live(b.sub(self.current.results, first))
+        mask = o.live(b.sub(self.current.results, first))
         place = b.mul(b.add(self.current.lane, first), k.int(k.result.itemsize))
         place = b.add(k.out, place)
         for plane, value in enumerate(values):
-            k.result.store(self.o, b.add(place, b.mul(k.out_plane, k.int(plane))), value, mask)
+            k.result.store(o, b.add(place, b.mul(k.out_plane, k.int(plane))), value, mask)
 
 
 class Maximum(Stage):
@@ -917,29 +919,32 @@ class Maximum(Stage):
     def turned(self) -> None:
         """Rows of x to the columns of the tile."""
         k, b, o, item = self.k, self.k.b, self.o, self.current
-        with o.loop(k.int(0), b.mul(k.x_outer, k.int(o.width)), CACHE_LINE_BYTES) as at:
+        with o.loop(k.int(0), b.mul(k.x_outer, k.int(k.group)), CACHE_LINE_BYTES) as at:
             o.prefetch(b.add(self.ahead[0], at))
         if k.job.dealt:
             vectors = [
                 k.source.load(o, place, mask, fill=-float("inf"))
                 for place, mask in k.group_vectors(item.x, item, k.source.itemsize)
             ]
-            for j, column in enumerate(o.dealt(vectors)):
-                self.take(column, 0)
-                o.store(k.scratch_at(item.tile, k.int(j), 0), column)
+            for u in range(k.panel):
+                own = vectors[u * k.job.dealt : (u + 1) * k.job.dealt]
+                for j, column in enumerate(o.dealt(own)):
+                    self.take(column, u)
+                    o.store(k.scratch_at(item.tile, k.int(j), u), column)
             return
-        last = b.sub(item.columns, k.int(1))
-        lines = [k.line_at("x", item, k.smaller(k.int(i), last)) for i in range(o.width)]
+        last = k.clipped(b.sub(item.columns, k.int(1)))
+        lines = [k.line_at("x", item, k.smaller(k.int(i), last)) for i in range(k.group)]
         for q, side in k.squares(item.length):
             offset, left = b.mul(q, k.int(k.source.itemsize)), b.sub(item.length, q)
-            places = [b.add(line, offset) for line in lines]
-            rows = [
-                k.source.load_parts(o, places[i::side], left, fill=-float("inf"))
-                for i in range(side)
-            ]
-            for j, column in enumerate(o.transpose(rows)):
-                self.take(column, 0)
-                o.store(k.scratch_at(item.tile, b.add(q, k.int(j)), 0), column)
+            for u in range(k.panel):
+                places = [b.add(line, offset) for line in lines[u * o.width : (u + 1) * o.width]]
+                rows = [
+                    k.source.load_parts(o, places[i::side], left, fill=-float("inf"))
+                    for i in range(side)
+                ]
+                for j, column in enumerate(o.transpose(rows)):
+                    self.take(column, u)
+                    o.store(k.scratch_at(item.tile, b.add(q, k.int(j)), u), column)
 
     def leave(self) -> None:
         self.k.joined(self.parts, join=lambda a, b: (self.o.larger(b[0], a[0]),))
@@ -1057,7 +1062,7 @@ class Sum(Terms):
 
     def leave(self) -> None:
         self.take()
-        with self.k.each_set(self.m, self.s, self.c) as (u, (m, s, c)):
+        with self.k.each_state(self.m, self.s, self.c) as (u, (m, s, c)):
             self.finish(u, m, s, c)
 
     def take(self) -> None:
@@ -1087,7 +1092,7 @@ class SumForSoftmax(Sum):
         kernel.finished = [self.s, self.c]
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
-        high, low = _scalars.reciprocal(self.o, m.get(), s.get(), c.get())
+        high, low = _scalars.reciprocal(m.o, m.get(), s.get(), c.get())
         s.set(high)
         c.set(low)
 
@@ -1157,17 +1162,17 @@ class SumOfOthers(Sum):
         n = b.add(b.udiv(self.range.end, k.int(k.added)), k.int(6))
         segment = k.int(SEGMENT_ADDITIONS)
         to_one = b.add(k.smaller(n, segment), b.udiv(n, segment))
-        hidden = _scalars.hidden(o, o.spread(n), o.spread(to_one))
         super().take()
-        self.judge(hidden)
+        self.judge(n, to_one)
         flags = [again.get() > o.const(0.0) for again in self.again]
         with k.b.if_then(o.any(functools.reduce(lambda p, q: p | q, flags)), likely=False):
             self.sum_again(flags)
 
-    def judge(self, hidden: Vector) -> None:
+    def judge(self, additions: ir.Value, to_one: ir.Value) -> None:
         """Take the largest term away, and mark the lanes where it may have hidden too much."""
-        o = self.o
-        with self.k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
+        with self.k.each_state(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
+            o = m.o
+            hidden = _scalars.hidden(o, o.spread(additions), o.spread(to_one))
             rest = _scalars.without_one(o, m.get(), s.get(), c.get(), self.products)
             s.set(rest[0])
             c.set(rest[1])
@@ -1197,12 +1202,12 @@ class SumOfOthers(Sum):
             c.set(o.where(flag, c.get(), kept[1]))
 
     def take_careful(self) -> None:
-        k, o = self.k, self.o
+        k = self.k
         self.join()
         k.joined(self.count, join=lambda a, b: (a[0] + b[0],))
-        with k.each_set(self.m, self.count, self.s, self.c) as (_, (m, count, s, c)):
+        with k.each_state(self.m, self.count, self.s, self.c) as (_, (m, count, s, c)):
             join = _scalars.with_largest if k.job.weighted else _scalars.with_equals
-            rest = join(o, m.get(), count.get(), s.get(), c.get())
+            rest = join(m.o, m.get(), count.get(), s.get(), c.get())
             s.set(rest[0])
             c.set(rest[1])
 
@@ -1222,7 +1227,7 @@ class SumForLogSoftmax(SumOfOthers):
             self.o.store(k.scratch_at(self.range.scratch, j, u), x)
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
-        s.set(_scalars.log_sum(self.o, m.get(), s.get(), c.get())[0])
+        s.set(_scalars.log_sum(m.o, m.get(), s.get(), c.get())[0])
 
 
 class SumForPairs(SumOfOthers):
@@ -1234,7 +1239,7 @@ class SumForPairs(SumOfOthers):
         return True
 
     def least(self, m: Vector, hidden: Vector) -> Vector:
-        return self.o.larger(_scalars.rounded_terms(self.o, m), hidden)
+        return m.o.larger(_scalars.rounded_terms(m.o, m), hidden)
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
         self.write(u, (m.get(), s.get(), c.get()))
@@ -1244,7 +1249,7 @@ class SumForPairsOfSoftmax(SumForPairs):
     """The same, for who wants no more than the whole sum."""
 
     def least(self, m: Vector, hidden: Vector) -> Vector:
-        return self.o.const(-1.0)
+        return m.o.const(-1.0)
 
 
 class SumForPairsOfLogSumExp(SumForPairs):
@@ -1253,7 +1258,7 @@ class SumForPairsOfLogSumExp(SumForPairs):
     products = True
 
     def least(self, m: Vector, hidden: Vector) -> Vector:
-        o, strict = self.o, super().least(m, hidden)
+        o, strict = m.o, super().least(m, hidden)
         return o.where(abs(m) < o.const(_scalars.NEAR_ZERO), strict, o.const(-1.0))
 
 
@@ -1262,9 +1267,9 @@ class SumForLogSumExp(SumForPairs):
 
     products = True
 
-    def judge(self, hidden: Vector) -> None:
-        o, k = self.o, self.k
-        with k.each_set(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
+    def judge(self, additions: ir.Value, to_one: ir.Value) -> None:
+        with self.k.each_state(self.m, self.s, self.c, self.again) as (_, (m, s, c, again)):
+            o = m.o
             value = _scalars.logsumexp_of_all(o, m.get(), s.get(), c.get())
             # NaN too: without a shift, a maximum of inf makes one.
             again.set(_scalars.is_near_zero(o, m.get(), value))
@@ -1272,8 +1277,8 @@ class SumForLogSumExp(SumForPairs):
 
     def take_careful(self) -> None:
         super().take_careful()
-        with self.k.each_set(self.m, self.s, self.c) as (_, (m, s, c)):
-            s.set(_scalars.logsumexp(self.o, m.get(), s.get(), c.get()))
+        with self.k.each_state(self.m, self.s, self.c) as (_, (m, s, c)):
+            s.set(_scalars.logsumexp(m.o, m.get(), s.get(), c.get()))
 
     def finish(self, u: ir.Value, m: Variable, s: Variable, c: Variable) -> None:
         self.write(u, (s.get(),))
@@ -1378,27 +1383,32 @@ class Output(Stage):
         """The tile's columns to rows of out."""
         k, b, o, item = self.k, self.k.b, self.o, self.current
         if k.job.dealt:
-            columns = [self.result(self.read(k.int(j), 0, None), 0) for j in range(k.job.dealt)]
+            vectors: list[Vector] = []
+            for u in range(k.panel):
+                terms = [self.read(k.int(j), u, None) for j in range(k.job.dealt)]
+                vectors += o.gathered([self.result(term, u) for term in terms])
             out = item.out if self.lines is None else self.lines.free()
             places = k.group_vectors(out, item, k.result.itemsize)
-            for vector, (place, mask) in zip(o.gathered(columns), places, strict=True):
+            for vector, (place, mask) in zip(vectors, places, strict=True):
                 k.result.store(o, place, vector, mask)
             return
         for q, side in k.squares(item.length):
-            places = [b.add(q, k.int(j)) for j in range(side)]
-            columns = [self.result(self.read(place, 0, None), 0) for place in places]
             start, left = b.mul(q, k.int(k.result.itemsize)), b.sub(item.length, q)
-            squares = o.transpose(columns)
-            for i in range(o.width):
-                if self.lines is None:
-                    row = k.line_at("out", item, k.int(i))
-                else:
-                    row = b.add(self.lines.free(), b.mul(k.int(i), k.out_outer))
-                square, line = divmod(i, side)
-                with b.if_then(b.icmp_signed("<", k.int(i), item.columns)):
-                    k.result.store_part(
-                        o, b.add(start, row), squares[line], left, square * side, side
-                    )
+            for u in range(k.panel):
+                places = [b.add(q, k.int(j)) for j in range(side)]
+                columns = [self.result(self.read(place, u, None), u) for place in places]
+                squares = o.transpose(columns)
+                for i in range(o.width):
+                    number = k.int(u * o.width + i)
+                    if self.lines is None:
+                        row = k.line_at("out", item, number)
+                    else:
+                        row = b.add(self.lines.free(), b.mul(number, k.out_outer))
+                    square, line = divmod(i, side)
+                    with b.if_then(b.icmp_signed("<", number, item.columns)):
+                        k.result.store_part(
+                            o, b.add(start, row), squares[line], left, square * side, side
+                        )
 
     def leave(self) -> None:
         """The item's rows are whole now: let lines go that wait for no other row."""
@@ -1517,7 +1527,7 @@ class Apply(Output):
                 if k.along:
                     value = o.in_turn(value, k.job.lanes, u * o.width)
                 variable.set(value)
-        with k.each_set(self.m, self.first, self.second) as (_, (m, first, second)):
+        with k.each_state(self.m, self.first, self.second) as (_, (m, first, second)):
             self.finish(m, first, second)
 
     def finish(self, m: Variable, s: Variable, c: Variable) -> None:
@@ -1532,8 +1542,8 @@ class ApplySoftmax(Apply, Terms):
         self.scale(self.m)
 
     def finish(self, m: Variable, s: Variable, c: Variable) -> None:
-        total = _scalars.whole(self.o, m.get(), s.get(), c.get())
-        high, low = _scalars.reciprocal(self.o, m.get(), *total)
+        total = _scalars.whole(m.o, m.get(), s.get(), c.get())
+        high, low = _scalars.reciprocal(m.o, m.get(), *total)
         s.set(high)
         c.set(low)
 
@@ -1547,7 +1557,7 @@ class ApplyLogSoftmax(Apply):
     """log_softmax in a second reading of x."""
 
     def finish(self, m: Variable, s: Variable, c: Variable) -> None:
-        s.set(_scalars.log_sum(self.o, m.get(), s.get(), c.get())[0])
+        s.set(_scalars.log_sum(m.o, m.get(), s.get(), c.get())[0])
 
     def result(self, value: Vector, u: int) -> Vector:
         u %= self.k.sets
@@ -1569,8 +1579,8 @@ class Read(Maximum):
 
     def leave(self) -> None:
         super().leave()
-        for u, m in enumerate(self.m):
-            self.write(self.k.int(u), (m.get(),))
+        with self.k.each_state(self.m) as (u, (m,)):
+            self.write(u, (m.get(),))
 
 
 class Merge(SumForPairs):

@@ -2,10 +2,9 @@
 
 The terms of a lane (one vector along the reduced axis) are ``e^(x_i - shift)`` times a power of
 two, both fixed by ``m = max x_i`` in `scale`, in a unit that a machine may choose; the shift is 0
-unless m is huge.  The lane is
-summarised by the pair ``(m, s + c)``: its maximum and the sum of all terms but one largest.  A sum
-is kept in two parts: ``c`` collects what rounding took from ``s``.  Kernels only decide in which
-order numbers meet.
+unless m is huge.  The lane is summarised by the pair ``(m, s + c)``: its maximum and the sum of all
+terms but one largest.  A sum is kept in two parts: ``c`` collects what rounding took from ``s``.
+Kernels only decide in which order numbers meet.
 
 Two ideas carry the accuracy:
 
@@ -259,6 +258,11 @@ def _reduced(o: Operations, x: Value, by: Scale) -> tuple[Value, Value, Value]:
     return t, o.fma(horner(o, r, real.exp), r, o.const(1.0)), r
 
 
+def negative(o: Operations, x: Value) -> Value:
+    """-x: from -0, which is the same for a 0 too, and part of the next instruction."""
+    return o.const(-0.0) - x
+
+
 def _power(o: Operations, t: Value) -> Value:
     # To be multiplied with: an addition to exponent bits would turn some NaNs into numbers.
     return o.root_of_two(t) if o.real.roots > 1 else o.power_of_two(t)
@@ -350,6 +354,12 @@ def two_sum(a: Value, b: Value) -> tuple[Value, Value]:
     return t, (a - (t - other)) + (b - other)
 
 
+def fast_two_sum(a: Value, b: Value) -> tuple[Value, Value]:
+    """`two_sum` at half the price, for ``|a| >= |b|`` or an a of 0 (Dekker)."""
+    t = a + b
+    return t, b - (t - a)
+
+
 def add(s: Value, c: Value, term: Value) -> tuple[Value, Value]:
     """Push one term to the sum ``s + c``."""
     s, rest = two_sum(s, term)
@@ -357,9 +367,9 @@ def add(s: Value, c: Value, term: Value) -> tuple[Value, Value]:
 
 
 def add_to_more(s: Value, c: Value, term: Value) -> tuple[Value, Value]:
-    """`add` at half the price, for ``s >= term >= 0`` (Dekker)."""
-    total = s + term
-    return total, c + (term - (total - s))
+    """`add` at half the price, for ``|s| >= |term|`` or a sum of 0."""
+    s, rest = fast_two_sum(s, term)
+    return s, c + rest
 
 
 def add_exp(o: Operations, s: Value, c: Value, x: Value, by: Scale) -> tuple[Value, Value]:
@@ -427,7 +437,7 @@ def with_largest(o: Operations, m: Value, times: Value, s: Value, c: Value) -> t
     """The sum s + c and so many times the largest term; 0 for an infinite m, NaN for a NaN."""
     term, low = largest(o, m)
     product = times * term
-    rest = o.fma(times, term, o.const(0.0) - product)
+    rest = o.fma(times, term, negative(o, product))
     total, c = add(product, o.fma(times, low, c + rest), s)
     infinite = _without_terms(o, m, s)
     zero = o.const(0.0)
@@ -491,9 +501,9 @@ def whole(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
 
 def reciprocal(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
     """``1 / (s + c)`` of the whole sum in two parts; NaN if m is infinite."""
-    total, rest = two_sum(s, c)
+    total, rest = fast_two_sum(s, c)
     high = o.const(1.0) / total
-    low = high * (o.fma(o.const(0.0) - high, total, o.const(1.0)) - high * rest)
+    low = high * (o.fma(negative(o, high), total, o.const(1.0)) - high * rest)
     return o.where(abs(m) == o.const(float("inf")), o.const(float("nan")), high), low
 
 
@@ -518,21 +528,21 @@ def log1p(o: Operations, y: Value, y_low: Value) -> tuple[Value, Value]:
     k, fraction = o.split_exponent(u)
     near = k == o.const(0.0)
     f = o.where(near, y, fraction - o.const(1.0))
-    rest = o.where(near, y_low, o.times_power_of_two(rest + y_low, o.const(0.0) - k))
+    rest = o.where(near, y_low, o.times_power_of_two(rest + y_low, negative(o, k)))
     return _log(o, k, f, rest)
 
 
 def log(o: Operations, u: Value, u_low: Value) -> tuple[Value, Value]:
     """``log(u + u_low)`` for a positive normal u in two parts; absolute error below 1 ulp of 1."""
     k, fraction = o.split_exponent(u)
-    rest = o.times_power_of_two(u_low, o.const(0.0) - k)
+    rest = o.times_power_of_two(u_low, negative(o, k))
     return _log(o, k, fraction - o.const(1.0), rest)
 
 
 def _log(o: Operations, k: Value, f: Value, rest: Value) -> tuple[Value, Value]:
     """``log 2^k (1 + f + rest)`` for ``1 + f`` in [sqrt(1/2), sqrt(2)) in two parts."""
     high, low, tail = _log_parts(o, k, f, rest / (o.const(1.0) + f))
-    high, low2 = two_sum(high, tail)
+    high, low2 = fast_two_sum(high, tail)
     return high, low + low2
 
 
@@ -544,15 +554,16 @@ def _log_parts(o: Operations, k: Value, f: Value, rest: Value) -> tuple[Value, V
     square = z * z
     tail = z * o.fma(square, horner(o, square, real.log), half_square)
     tail = tail + o.fma(k, o.const(real.ln2_rest), rest)
-    high, low = two_sum(k * o.const(real.ln2_short), f)
+    high, low = fast_two_sum(k * o.const(real.ln2_short), f)
     return high, low, tail - half_square
 
 
 def ratio_to_largest(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
     """The pair's sum over its largest term, in two parts."""
     term, low = largest(o, m)
-    y = s / term
-    return y, ((o.fma(o.const(0.0) - y, term, s) + c) - y * low) / term
+    inverse = o.const(1.0) / term
+    y = s * inverse  # a rounding more than a quotient, which the low part takes back
+    return y, ((o.fma(negative(o, y), term, s) + c) - y * low) * inverse
 
 
 def log_sum(o: Operations, m: Value, s: Value, c: Value) -> tuple[Value, Value]:
@@ -579,20 +590,20 @@ def logsumexp_of_all(o: Operations, m: Value, s: Value, c: Value) -> Value:
     term, c = exp_two_parts(o, by.near, by, c)  # what was rounded off the largest is not lost
     if real.roots > 1:
         p, power = exp_product(o, by.near, by)
-        c = c + o.fma(o.const(0.0) - p, power, term)
+        c = c + o.fma(negative(o, p), power, term)
     total = s + c
     low = c - (total - s)
     power, fraction = o.split_exponent(total)
     f = fraction - o.const(1.0)
     # Good to a few percent, for a low part that is a rounding.
     inverse = o.fma(f, f - o.const(1.0), o.const(1.0))
-    rest = o.times_power_of_two(low, o.const(0.0) - power) * inverse
+    rest = o.times_power_of_two(low, negative(o, power)) * inverse
     k = (o.const(real.origin - real.bias) - by.magic) + power
     high, low, tail = _log_parts(o, k, f, rest)
     if real.log_unit:
         tail = tail - o.const(real.log_unit)
     product = k * o.const(real.ln2_short)  # is rounded where the maximum is large
-    low = low + o.fma(k, o.const(real.ln2_short), o.const(0.0) - product)
+    low = low + o.fma(k, o.const(real.ln2_short), negative(o, product))
     return o.where(_without_terms(o, m, s), m, by.shift + (high + (low + tail)))
 
 

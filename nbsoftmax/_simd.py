@@ -35,10 +35,10 @@ class Variable:
 
 
 class Emitter(Arithmetic):
-    """What kernels ask of a machine."""
+    """What kernels ask of a machine; of some ``vectors`` in one, for what is done to all alike."""
 
-    def __init__(self, builder: ir.IRBuilder, real: _scalars.Real) -> None:
-        super().__init__(builder, real, VECTOR_BYTES // real.itemsize)
+    def __init__(self, builder: ir.IRBuilder, real: _scalars.Real, vectors: int = 1) -> None:
+        super().__init__(builder, real, vectors * VECTOR_BYTES // real.itemsize)
 
     def spread(self, count: ir.Value) -> Vector:
         """A number counted at run time, in every element."""
@@ -66,28 +66,30 @@ class Emitter(Arithmetic):
         offsets = [
             bits - (j << shift) for j, (bits, _) in enumerate(_scalars.roots_of_two(self.real))
         ]
-        bits = self.b.add(
-            self.b.shl(index, self.integers(shift)),
-            self._looked_up(index, ir.Constant(self.integer_type, offsets), "i"),
-        )
+        offset = self._looked_up(index, offsets, self.integer, "i")
+        bits = self.b.add(self.b.shl(index, self.integers(shift)), offset)
         return Vector(self, self.b.bitcast(bits, self.type))
 
     def rest_of_root(self, t: Vector) -> Vector:
         """What rounding took from the root that `root_of_two` looks up, relative."""
         index = self.b.bitcast(t.value, self.integer_type)
         rests = [rest for _, rest in _scalars.roots_of_two(self.real)]
-        return Vector(self, self._looked_up(index, ir.Constant(self.type, rests), "f"))
+        return Vector(self, self._looked_up(index, rests, self.element, "f"))
 
-    def _looked_up(self, index: ir.Value, table: ir.Constant, kind: str) -> ir.Value:
-        """The elements of a table that the low bits of each index say."""
-        assert self.real.roots == self.width
-        size = {4: "s", 8: "d"}[self.real.itemsize]
+    def _looked_up(
+        self, index: ir.Value, numbers: Sequence[float], element: ir.Type, kind: str
+    ) -> ir.Value:
+        """The numbers that the low bits of each index say, of as many as one register holds."""
+        count, size = len(numbers), {4: "s", 8: "d"}[self.real.itemsize]
+        table = ir.Constant(ir.VectorType(element, count), numbers)
+        indices = ir.VectorType(self.integer, count)
         function = cgutils.get_or_insert_function(
             self.b.module,
-            ir.FunctionType(table.type, [table.type, self.integer_type]),
+            ir.FunctionType(table.type, [table.type, indices]),
             f"llvm.x86.avx512.permvar.{size}{kind}.512",
         )
-        return self.b.call(function, [table, index])
+        parts = [self.part(index, first, count) for first in range(0, self.width, count)]
+        return self.together([self.b.call(function, [table, part]) for part in parts])
 
     # -- across the elements of one vector ------------------------------------------------------
 
@@ -208,14 +210,17 @@ class Emitter(Arithmetic):
 
     def together(self, parts: list[ir.Value]) -> ir.Value:
         """Vectors of any kind one behind the other in one."""
+        whole = len(parts) * parts[0].type.count
         while len(parts) > 1:
             size = 2 * parts[0].type.count
             index = ir.Constant(
                 ir.VectorType(I32, size), [ir.Constant(I32, i) for i in range(size)]
             )
+            if len(parts) % 2:
+                parts = [*parts, ir.Constant(parts[0].type, ir.Undefined)]
             pairs = zip(parts[::2], parts[1::2], strict=True)
             parts = [self.b.shuffle_vector(a, b, index) for a, b in pairs]
-        return parts[0]
+        return self.part(parts[0], 0, whole)
 
     def at(self, address: ir.Value, kind: ir.Type) -> ir.Value:
         return self.b.inttoptr(address, kind.as_pointer())

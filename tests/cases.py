@@ -280,6 +280,7 @@ _NEVER_TURNED = {"short_float32_elements": 0, "short_float64_elements": 0}
 _NEVER_BESIDE = {"beside_float32_elements": 0, "beside_float64_elements": 0}
 _CUT = {
     **_NEVER_BESIDE,
+    "paired_rows": 0,
     "lane_bytes": 200,
     "few_lanes_bytes": 200,
     "block_bytes": 200,
@@ -308,7 +309,7 @@ REGIMES: dict[str, dict[str, int]] = {
     },
     "blocks": _CUT,
     "in_pieces": _IN_PIECES,
-    "past_cache": {"past_cache_bytes": 0, "wrapped_vectors": 0},
+    "past_cache": {"past_cache_bytes": 0, "wrapped_vectors": 0, "paired_rows": 0},
     "beside_past_cache": {**_NEVER_TURNED, "past_cache_bytes": 0},
     "packed": {
         "taking_turns_elements": _NEVER,

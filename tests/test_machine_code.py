@@ -44,6 +44,7 @@ def jobs():
                 yield kernels.Job(op, dtype, dtype, walk, panel)
                 yield kernels.Job(op, dtype, dtype, walk, panel, runs=True)
             yield kernels.Job(op, dtype, dtype, "short", dealt=3)
+            yield kernels.Job(op, dtype, dtype, "short", 2)
             yield kernels.Job(op, dtype, dtype, "along", lanes=4)
             yield kernels.Job(op, dtype, dtype, "along", 3, lanes=6)
             yield kernels.Job(op, dtype, dtype, "across", 1)

@@ -38,26 +38,30 @@ def regime_of(shape, axis, dtype, op="softmax", layout="c"):
     turns = "+turns" if plan.lanes > 1 else ""
     runs = "+runs" if in_runs or fold.by_outer.run < fold.outer else ""
     blocks = "+blocks" if plan.blocks(fold.n * plan.lanes) > 1 else ""
-    return plan.walk + turns + runs + blocks + ("+past_cache" if plan.past_cache else "")
+    pairs = "+pairs" if plan.walk == "short" and plan.panel == 2 else ""
+    return plan.walk + pairs + turns + runs + blocks + ("+past_cache" if plan.past_cache else "")
 
 
 GOLDEN = [
     # shape, axis, dtype, regime of softmax
     ((8, 8), -1, "float32", "short"),
-    ((100_000, 10), -1, "float32", "short"),
-    ((1_000_000, 16), -1, "float32", "short+past_cache"),
-    ((1_000_000, 16), -1, "float64", "short+past_cache"),
+    ((100_000, 10), -1, "float32", "short+pairs"),
+    ((127, 10), -1, "float32", "short"),
+    ((128, 32), -1, "float64", "short+pairs"),
+    ((128, 33), -1, "float32", "short"),
+    ((1_000_000, 16), -1, "float32", "short+pairs+past_cache"),
+    ((1_000_000, 16), -1, "float64", "short+pairs+past_cache"),
     ((1000, 64), -1, "float32", "short"),
     ((1000, 192), -1, "float32", "beside"),
     ((1000, 640), -1, "float32", "beside"),
     ((100_000, 640), -1, "float32", "beside+past_cache"),
     ((1000, 1300), -1, "float32", "along"),
-    ((1000, 32), -1, "float64", "short"),
+    ((1000, 32), -1, "float64", "short+pairs"),
     ((1000, 112), -1, "float64", "beside"),
     ((1000, 320), -1, "float64", "beside"),
     ((1000, 650), -1, "float64", "along"),
     ((7, 320), -1, "float64", "along"),
-    ((1000, 10), -1, "float16", "short"),
+    ((1000, 10), -1, "float16", "short+pairs"),
     ((7, 10), -1, "float32", "along"),
     ((8, 10), -1, "float32", "short"),
     ((128, 1281), -1, "float32", "along"),
@@ -168,9 +172,15 @@ def test_layouts_that_fold_as_they_lie(layout, axis, regime):
 REACHED = {
     "default": {"short", "along", "across"},
     "whole_lanes": {"along", "across"},
-    "blocks": {"along+blocks", "across+blocks", "along+runs+blocks", "across+runs+blocks"},
+    "blocks": {
+        "short+pairs",
+        "along+blocks",
+        "across+blocks",
+        "along+runs+blocks",
+        "across+runs+blocks",
+    },
     "in_pieces": {"beside", "along", "across"},
-    "past_cache": {"short+past_cache", "along+past_cache", "across+past_cache"},
+    "past_cache": {"short+pairs+past_cache", "along+past_cache", "across+past_cache"},
     "beside_past_cache": {"beside+past_cache", "along+past_cache", "across+past_cache"},
     "packed": {"packed", "along"},
     "blocks_in_pieces_past_cache": {"along+blocks+past_cache", "across+blocks+past_cache"},

@@ -135,7 +135,7 @@ def raised(o: Any, pair: Values, whole: Any) -> Values:
     by = _scalars.scale(o, whole)
     term = _scalars.exp(o, m - by.shift, by)
     product = count * term
-    rest = o.fma(count, term, o.const(0.0) - product)
+    rest = o.fma(count, term, _scalars.negative(o, product))
     s2, c2 = _scalars.rescaled(o, m, whole, s, c)
     sum_, low = _scalars.add(product, rest + c2, s2)
     zero = o.const(0.0)

@@ -80,7 +80,7 @@ class Device(_llvm.Arithmetic):
         text = "rcp.approx.ftz.f32 $0, $1;"
         inverse = _llvm.Vector(self, self._assembly(text, "=f,f", self.type, [b.value], False))
         near = a * inverse
-        rest = self.fma(self.const(0.0) - near, b, a)
+        rest = self.fma(_scalars.negative(self, near), b, a)
         return self.fma(rest, inverse, near)
 
     def exp2(self, t: _llvm.Vector) -> _llvm.Vector:
